@@ -1,0 +1,50 @@
+# ImageNet-1k, two views at 224 x 224: the policy of MoCo v3 and BYOL.
+# data/imagenet/train/<wordnet id>/*.JPEG, optionally data/imagenet/meta/train.txt
+data_preprocessor = dict(
+    type='SelfSupDataPreprocessor',
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    to_rgb=True,
+)
+
+crop = dict(type='RandomResizedCrop', scale=224, crop_ratio_range=(0.08, 1.0), backend='pillow')
+flip = dict(type='RandomFlip', prob=0.5)
+color = [
+    dict(
+        type='RandomApply',
+        transforms=[
+            dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+        ],
+        prob=0.8,
+    ),
+    dict(
+        type='RandomGrayscale',
+        prob=0.2,
+        keep_channels=True,
+        channel_weights=(0.114, 0.587, 0.2989),
+    ),
+]
+blur = dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf')
+photometry1 = [*color, dict(**blur, prob=1.0)]
+photometry2 = [*color, dict(**blur, prob=0.1), dict(type='Solarize', thr=128, prob=0.2)]
+view_pipeline1 = [crop, *photometry1, flip]
+view_pipeline2 = [crop, *photometry2, flip]
+
+train_pipeline = [
+    dict(type='LoadReadableImage'),
+    dict(type='MultiView', num_views=[1, 1], transforms=[view_pipeline1, view_pipeline2]),
+    dict(type='PackInputs'),
+]
+train_dataloader = dict(
+    batch_size=256,
+    num_workers=8,
+    persistent_workers=False,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    pin_memory=True,
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(
+        type='ImageNet', data_root='data/imagenet/', split='train', pipeline=train_pipeline
+    ),
+)

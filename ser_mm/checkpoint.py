@@ -1,0 +1,80 @@
+"""Loading pretrained weights strictly, and without trusting the file."""
+
+import io
+from typing import Optional
+
+import mmengine.fileio
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor, nn
+
+# What MMEngine's checkpoints hold beside weights: the history of the values that it logged.
+_MMENGINE_GLOBALS = [
+    HistoryBuffer,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+    np.array(0).__reduce__()[0],
+    np.float64(0).__reduce__()[0],
+]
+
+
+def read_weights(checkpoint: str) -> dict[str, Tensor]:
+    """Read a state dict without running code from the file.
+
+    Args:
+        checkpoint (str): Path or URL of a ``.safetensors`` file, or of one written by
+            ``torch.save``: a state dict, or a dict that holds one as ``state_dict`` (MMEngine),
+            ``model`` or ``teacher``.
+
+    Returns:
+        dict[str, Tensor]: The weights, on the CPU.
+
+    Raises:
+        pickle.UnpicklingError: If the file holds anything but tensors and plain data.
+    """
+    data = mmengine.fileio.get(checkpoint)
+    if str(checkpoint).endswith('.safetensors'):
+        import safetensors.torch
+
+        return safetensors.torch.load(data)
+    with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
+        content = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    for key in ('state_dict', 'model', 'teacher'):
+        content = content.get(key, content)
+    return content
+
+
+def load_backbone(backbone: nn.Module, checkpoint: str, prefix: Optional[str] = None) -> None:
+    """Fill a backbone from a checkpoint, completely or not at all.
+
+    MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line.
+
+    Args:
+        backbone (nn.Module): The network to fill.
+        checkpoint (str): Path or URL, see :func:`read_weights`.
+        prefix (str, optional): Start of the names of the backbone's weights in the file, e.g.
+            'backbone.'. Defaults to None: the file holds the backbone alone.
+
+    Raises:
+        ValueError: If no name starts with ``prefix``, or a weight of the backbone is missing in
+            the file, one of the file's unused, or one of another shape.
+    """
+    content = read_weights(checkpoint)
+    prefix = prefix or ''
+    weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+    if not weights:
+        names = sorted({key.split('.')[0] + '.' for key in content})
+        raise ValueError(
+            f"No weight in {checkpoint} starts with prefix='{prefix}'; its names start with "
+            f'{", ".join(names)}.'
+        )
+    try:
+        backbone.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint} (prefix='{prefix}') does not fit {type(backbone).__name__}; use the "
+            f'backbone config that it was trained with. {error}'
+        ) from error

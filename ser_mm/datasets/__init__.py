@@ -1,0 +1,9 @@
+from .bundled_photos import BundledPhotos, write_bundled_photos
+from .transforms import EquivariantViewPipeline, LoadReadableImage
+
+__all__ = [
+    'BundledPhotos',
+    'EquivariantViewPipeline',
+    'LoadReadableImage',
+    'write_bundled_photos',
+]

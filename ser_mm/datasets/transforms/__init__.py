@@ -1,0 +1,4 @@
+from .equivariant_view_pipeline import EquivariantViewPipeline
+from .load_readable_image import LoadReadableImage
+
+__all__ = ['EquivariantViewPipeline', 'LoadReadableImage']

@@ -1,0 +1,34 @@
+from typing import Optional
+
+from mmcv.transforms import LoadImageFromFile
+from mmengine.logging import print_log
+from mmpretrain.registry import TRANSFORMS
+
+
+@TRANSFORMS.register_module()
+class LoadReadableImage(LoadImageFromFile):
+    """Load an image, and pass over a file that is none with a warning that names it.
+
+    The data set then draws another image in its place, and stops with an error when it finds none
+    (``max_refetch`` of its arguments). Arguments, keys and formats are those of mmcv's
+    ``LoadImageFromFile``.
+    """
+
+    def transform(self, results: dict) -> Optional[dict]:
+        """Load ``img_path``.
+
+        Args:
+            results (dict): With ``img_path``.
+
+        Returns:
+            dict | None: With ``img``, ``img_shape`` and ``ori_shape``; None for an unreadable file.
+        """
+        try:
+            return super().transform(results)
+        except Exception as error:
+            print_log(
+                f'Skipped an unreadable image, {results["img_path"]}: {error}',
+                logger='current',
+                level='WARNING',
+            )
+            return None

@@ -1,0 +1,3 @@
+from .hooks import EpochSeedHook, NonFiniteLossHook, keep_worker_seed
+
+__all__ = ['EpochSeedHook', 'NonFiniteLossHook', 'keep_worker_seed']

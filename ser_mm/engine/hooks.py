@@ -1,0 +1,95 @@
+"""Hooks that make a run repeatable, and stop one that has diverged."""
+
+import random
+from typing import Optional
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import FUNCTIONS
+from mmengine.runner import Runner
+from mmpretrain.registry import HOOKS
+
+
+@HOOKS.register_module()
+class EpochSeedHook(Hook):
+    """Start every epoch from random states that depend on seed, epoch and rank alone.
+
+    A run that is killed and resumed then continues as the uninterrupted one did. The workers of
+    the data loader follow if they are started anew each epoch (``persistent_workers=False``) with
+    ``worker_init_fn=dict(type='keep_worker_seed')``: MMEngine's own gives a worker the same seed
+    in every epoch.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seed Python, NumPy and torch."""
+        states = np.random.SeedSequence([runner.seed, runner.epoch, get_rank()]).generate_state(3)
+        python, numpy, pytorch = (int(state) for state in states)
+        random.seed(python)
+        np.random.seed(numpy)
+        torch.manual_seed(pytorch)
+
+
+@FUNCTIONS.register_module()
+def keep_worker_seed(worker_id: int) -> None:
+    """``worker_init_fn`` that keeps the seeds of a worker.
+
+    torch derives those of Python, NumPy and torch from the random state of the process that
+    starts the worker, so from that of :class:`EpochSeedHook`.
+
+    Args:
+        worker_id (int): Number of the worker, unused.
+    """
+
+
+@HOOKS.register_module()
+class NonFiniteLossHook(Hook):
+    """Stop training when a loss is not finite, before a checkpoint of it is written.
+
+    Losses are looked at every ``interval`` iterations, so that the device is not waited for in
+    between, and at the end of each epoch. Use a checkpoint interval in iterations that is a
+    multiple of it.
+
+    Args:
+        interval (int): Iterations between two looks. Defaults to 50.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, interval: int = 50) -> None:
+        self.interval = interval
+        self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Forget losses of an epoch that was left early."""
+        self._pending = []
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict = None, outputs: Optional[dict] = None
+    ) -> None:
+        """Collect the losses of an iteration, and look at those collected.
+
+        Raises:
+            FloatingPointError: With the first iteration whose loss is not finite, and its terms.
+        """
+        self._pending.append((runner.iter + 1, outputs))
+        if not (
+            self.every_n_train_iters(runner, self.interval)
+            or self.is_last_train_iter(runner)
+            or self.end_of_epoch(runner.train_dataloader, batch_idx)
+        ):
+            return
+        losses = torch.stack([terms['loss'].detach() for _, terms in self._pending])
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            iteration, terms = self._pending[bad[0]]
+            values = ', '.join(f'{name}={float(value):g}' for name, value in terms.items())
+            raise FloatingPointError(
+                f'The loss is not finite at iteration {iteration}: {values}. Training stops; '
+                'checkpoints written before stay. Lower the learning rate, lengthen the warm-up or '
+                'clip gradients, and resume.'
+            )
+        self._pending = []

@@ -1,0 +1,3 @@
+from .ser_vit import SERVisionTransformer
+
+__all__ = ['SERVisionTransformer']

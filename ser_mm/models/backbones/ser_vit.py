@@ -1,0 +1,259 @@
+from collections.abc import Callable
+from typing import Optional, Union
+
+import torch
+from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
+from mmpretrain.models.utils import resize_pos_embed
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from ser_mm.checkpoint import load_backbone
+from ser_mm.views import ViewBatch
+
+Shapes = list[tuple[int, int]]
+"""Images and tokens per image of each group in a packed sequence."""
+
+
+@MODELS.register_module()
+class SERVisionTransformer(VisionTransformer):
+    """MMPretrain's ViT with a late [CLS] token and a token map for SER (paper, Section 3).
+
+    Called with images it is a ViT like any other. Called with a
+    :class:`~ser_mm.views.ViewBatch` it embeds b1 and b2, of different sizes, in one pass: their
+    tokens run through every layer as one packed sequence and part only for attention. The token
+    map of b2 after block ``ser_layer`` is left in the container.
+
+    Parameters are named and shaped as in ``VisionTransformer``. With ``cls_layer > 0`` the [CLS]
+    token has no position, so ``pos_embed`` has one entry less, and the checkpoint holds
+    ``cls_after``, by which a network that inserts the token elsewhere refuses it.
+
+    Args:
+        arch (str | dict): Architecture, see ``VisionTransformer``. Defaults to 'deit-small'
+            (ViT-S/16 with 6 heads).
+        ser_layer (int, optional): Block after which b2's token map is taken, 1 to the number of
+            blocks. Defaults to None: no token map, an ordinary ViT.
+        cls_layer (int, optional): Block after which the [CLS] token is inserted, 0 (an ordinary
+            ViT) to the number of blocks - 1. Defaults to None: that of ``ser_layer``, or 0.
+        stop_grad_conv1 (bool): Keep the patch embedding as initialized, as MoCo v3 does.
+            Defaults to False.
+        init_cfg (dict | list[dict], optional): As None, Linear layers are initialized as in
+            MoCo v3: Xavier-uniform, with q, k and v as separate matrices. ``dict(type=
+            'Pretrained', checkpoint=..., prefix='backbone.')`` is strict: a parameter that is
+            missing, unused or of another shape is an error. Defaults to None.
+        **kwargs: Those of ``VisionTransformer``.
+
+    Raises:
+        ValueError: If a layer is outside the network, the image size is no multiple of the patch,
+            or [CLS] is asked for at an output before it is inserted.
+    """
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = 'deit-small',
+        *args,
+        ser_layer: Optional[int] = None,
+        cls_layer: Optional[int] = None,
+        stop_grad_conv1: bool = False,
+        init_cfg: Optional[Union[dict, list]] = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(arch, *args, init_cfg=init_cfg, **kwargs)
+        depth = self.num_layers
+        if ser_layer is not None and not 1 <= ser_layer <= depth:
+            raise ValueError(
+                f'SERVisionTransformer: ser_layer={ser_layer} is outside the network; choose a '
+                f'block from 1 to {depth}.'
+            )
+        if cls_layer is None:
+            cls_layer = 0 if ser_layer is None or self.cls_token is None else ser_layer
+        self.cls_layer = cls_layer
+        if not 0 <= self.cls_layer < depth:
+            raise ValueError(
+                f'SERVisionTransformer: cls_layer={self.cls_layer} is outside the network; choose '
+                f'one from 0 (before the first block) to {depth - 1}.'
+            )
+        self.ser_layer = ser_layer
+        patch = self.patch_embed.projection.kernel_size
+        if any(side % p for side, p in zip(self.img_size, patch, strict=True)):
+            raise ValueError(
+                f'SERVisionTransformer: img_size={self.img_size} is no multiple of the patch '
+                f'{tuple(patch)}; change one of them.'
+            )
+        if self.cls_layer > 0:
+            if self.cls_token is None:
+                raise ValueError(
+                    f'SERVisionTransformer: cls_layer={self.cls_layer} needs with_cls_token=True.'
+                )
+            if self.out_type == 'cls_token' and min(self.out_indices) < self.cls_layer:
+                raise ValueError(
+                    f'SERVisionTransformer: out_indices={list(self.out_indices)} asks for the '
+                    f'[CLS] token before block {self.cls_layer + 1}, where it is first seen '
+                    f"(cls_layer={self.cls_layer}); use later outputs or out_type='featmap'."
+                )
+            self.pos_embed = nn.Parameter(
+                self.pos_embed[:, 1:].detach().clone(), self.pos_embed.requires_grad
+            )
+            self.register_buffer('cls_after', torch.tensor(self.cls_layer))
+        if stop_grad_conv1:
+            self.patch_embed.requires_grad_(False)
+
+    @property
+    def token_map_channels(self) -> Optional[int]:
+        """Channels of the token map; None without ``ser_layer``."""
+        return None if self.ser_layer is None else self.embed_dims
+
+    @property
+    def token_map_stride(self) -> int:
+        """Pixels per token of the token map."""
+        return self.patch_embed.projection.stride[0]
+
+    def init_weights(self) -> None:
+        """Initialize as in MoCo v3, by ``init_cfg``, or strictly from a checkpoint."""
+        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
+            load_backbone(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
+            self._is_init = True
+            return
+        super().init_weights()
+        if self.init_cfg is None:
+            if self.cls_token is not None:
+                nn.init.normal_(self.cls_token, std=1e-6)
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear):
+                    for matrix in module.weight.chunk(3 if name.endswith('qkv') else 1):
+                        nn.init.xavier_uniform_(matrix)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+
+    def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        """Before loading: refuse a [CLS] token inserted elsewhere, and resize the positions."""
+        name = f'{prefix}pos_embed'
+        if name not in state_dict:
+            return
+        cls_after = int(state_dict.get(f'{prefix}cls_after', 0))
+        if cls_after != self.cls_layer:
+            raise ValueError(
+                f'SERVisionTransformer: the checkpoint inserts [CLS] after block {cls_after}, this '
+                f'backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
+            )
+        if self.cls_layer == 0:
+            super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
+        else:
+            side = int(state_dict[name].shape[1] ** 0.5)
+            state_dict[name] = resize_pos_embed(
+                state_dict[name], (side, side), self.patch_resolution, self.interpolate_mode, 0
+            )
+
+    def forward(self, x: Union[Tensor, ViewBatch]) -> tuple[Tensor, ...]:
+        """Embed images.
+
+        Args:
+            x (Tensor | ViewBatch): Images (N, 3, H, W), or b1 and b2.
+
+        Returns:
+            tuple[Tensor]: One output per ``out_indices``, as ``VisionTransformer`` gives for
+            ``out_type``; for a ViewBatch, the embeddings of b1, then those of b2.
+
+        Raises:
+            ValueError: If a ViewBatch meets an ``out_type`` whose shape depends on the image size.
+        """
+        groups = [x]
+        if isinstance(x, ViewBatch):
+            if self.out_type not in ('cls_token', 'avg_featmap'):
+                raise ValueError(
+                    f"SERVisionTransformer: out_type='{self.out_type}' cannot hold b1 and b2, "
+                    "which differ in size; pretrain with 'cls_token' or 'avg_featmap'."
+                )
+            groups = [images for images in (x.base, x.equi) if len(images)]
+        tokens, shapes, grids = self._embed(groups)
+        outs = []
+        for i, layer in enumerate(self.layers):
+            if i == self.cls_layer > 0:
+                tokens, shapes = self._insert_cls(tokens, shapes)
+            tokens = self._run_layer(layer, tokens, shapes)
+            if i + 1 == self.ser_layer and isinstance(x, ViewBatch):
+                x.token_maps[self] = self._token_map(x, tokens, shapes, grids)
+            if i == self.num_layers - 1 and self.final_norm:
+                tokens = self.ln1(tokens)
+            if i in self.out_indices:
+                images = zip(_unpack(tokens, shapes), grids, strict=True)
+                outs.append(_cat([self._format_output(t, grid) for t, grid in images]))
+        return tuple(outs)
+
+    def _embed(self, groups: list[Tensor]) -> tuple[Tensor, Shapes, Shapes]:
+        """Patches and positions: packed tokens (T, C), their shapes, and the grid per group."""
+        packed, shapes, grids = [], [], []
+        for images in groups:
+            tokens, grid = self.patch_embed(images)
+            if self.cls_layer == 0 and self.cls_token is not None:
+                tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)
+            tokens = tokens + resize_pos_embed(
+                self.pos_embed,
+                self.patch_resolution,
+                grid,
+                mode=self.interpolate_mode,
+                num_extra_tokens=0 if self.cls_layer else self.num_extra_tokens,
+            )
+            packed.append(tokens.flatten(0, 1))
+            shapes.append(tuple(tokens.shape[:2]))
+            grids.append(grid)
+        return self.pre_norm(self.drop_after_pos(_cat(packed))), shapes, grids
+
+    def _insert_cls(self, tokens: Tensor, shapes: Shapes) -> tuple[Tensor, Shapes]:
+        images = [
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1).flatten(0, 1)
+            for x in _unpack(tokens, shapes)
+        ]
+        return _cat(images), [(n, length + 1) for n, length in shapes]
+
+    def _run_layer(self, layer: TransformerEncoderLayer, tokens: Tensor, shapes: Shapes) -> Tensor:
+        """One encoder layer: all of it per token, but for attention (and drop path, per image)."""
+        attn = layer.attn
+
+        def attend(qkv: Tensor) -> Tensor:
+            heads = qkv.unflatten(2, (3, attn.num_heads, attn.head_dims)).permute(2, 0, 3, 1, 4)
+            dropout = attn.attn_drop if self.training else 0.0
+            mixed = attn.scaled_dot_product_attention(*heads.unbind(), dropout_p=dropout)
+            return mixed.transpose(1, 2).flatten(2)
+
+        def ffn(x: Tensor) -> Tensor:
+            return layer.ffn(layer.ln2(x), identity=x)
+
+        mixed = _by_image(attend, attn.qkv(layer.ln1(tokens)), shapes)
+        update = attn.gamma1(attn.proj_drop(attn.proj(mixed)))
+        if self.training and getattr(attn.out_drop, 'drop_prob', 0):
+            tokens = tokens + _by_image(attn.out_drop, update, shapes)
+            return _by_image(ffn, tokens, shapes)
+        return ffn(tokens + update)
+
+    def _token_map(self, x: ViewBatch, tokens: Tensor, shapes: Shapes, grids: Shapes) -> Tensor:
+        if not len(x.equi):
+            grid = [side // self.token_map_stride for side in x.equi.shape[-2:]]
+            return tokens.new_zeros(0, self.embed_dims, *grid)
+        height, width = grids[-1]
+        patches = _unpack(tokens, shapes)[-1][:, -height * width :]
+        return patches.transpose(1, 2).unflatten(2, (height, width))
+
+    def _format_output(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """As the base class, where the number of extra tokens depends on the layer."""
+        patches = x[:, x.shape[1] - hw[0] * hw[1] :]
+        if self.out_type == 'featmap':
+            return patches.transpose(1, 2).unflatten(2, hw)
+        if self.out_type == 'avg_featmap':
+            return self.ln2(patches.mean(dim=1))
+        return x if self.out_type == 'raw' else x[:, 0]
+
+
+def _unpack(tokens: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Packed tokens (T, C) as one (N, L, C) per group."""
+    groups = tokens.split([n * length for n, length in shapes])
+    return [x.unflatten(0, shape) for x, shape in zip(groups, shapes, strict=True)]
+
+
+def _by_image(function: Callable[[Tensor], Tensor], tokens: Tensor, shapes: Shapes) -> Tensor:
+    """Apply a function of (N, L, C) to each group of packed tokens (T, C)."""
+    return _cat([function(x).flatten(0, 1) for x in _unpack(tokens, shapes)])
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -1,0 +1,117 @@
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from mmpretrain.models import SelfSupDataPreprocessor
+from mmpretrain.registry import MODELS
+from torch import Tensor
+
+from ser_mm.views import ViewBatch
+
+
+@MODELS.register_module()
+class SERDataPreprocessor(SelfSupDataPreprocessor):
+    """Normalize the views, split each into b1 and b2, and resize b2.
+
+    The resize is the S of the group element g = S o D (paper, Section 3): per batch and per view,
+    a grid of h x w tokens is drawn, its area ``scale`` times that of the base grid, and the images
+    of b2 are resized to it bicubically.
+
+    Args:
+        scale (tuple[float, float]): Range of the area factor, uniform. Defaults to (0.7, 1.3).
+        aspect_ratio (tuple[float, float]): Range of width / height, log-uniform.
+            Defaults to (3 / 4, 4 / 3).
+        patch_size (int): Pixels per token, the stride of the token map. Defaults to 16.
+        **kwargs: Those of MMPretrain's ``SelfSupDataPreprocessor``: mean, std, to_rgb, ...
+
+    Raises:
+        ValueError: If a range is reversed or not positive, ``patch_size`` is not positive, or, at
+            the first batch, the geometry records are missing or the image size is no multiple
+            of ``patch_size``.
+    """
+
+    def __init__(
+        self,
+        scale: tuple[float, float] = (0.7, 1.3),
+        aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        patch_size: int = 16,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, bounds in dict(scale=scale, aspect_ratio=aspect_ratio).items():
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
+                raise ValueError(
+                    f'SERDataPreprocessor: {name}={tuple(bounds)} must be two positive numbers, '
+                    'the smaller one first.'
+                )
+        if patch_size <= 0:
+            raise ValueError(f'SERDataPreprocessor: patch_size={patch_size} must be positive.')
+        self.scale = tuple(scale)
+        self.aspect_ratio = tuple(aspect_ratio)
+        self.patch_size = patch_size
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        """Make the containers that the base algorithm takes for its views.
+
+        Args:
+            data (dict): ``inputs``, the collated views (B, 3, H, W), uint8, followed by the
+                geometry records (B, V) of :class:`EquivariantViewPipeline`; ``data_samples``.
+                A single tensor of images is only normalized.
+            training (bool): Passed on. Defaults to False.
+
+        Returns:
+            dict: ``inputs``, a list of :class:`~ser_mm.views.ViewBatch` for the V first views
+            and of tensors for further ones; ``data_samples``. Images of b2 come last in each.
+        """
+        if isinstance(data['inputs'], Tensor):
+            return super().forward(data, training)
+        *views, record = data['inputs']
+        self._check(views, record)
+
+        # The record is read on the host, where it was made: the step never waits for the device.
+        in_b2 = record[:, 0] >= 0
+        split = [(~in_b2).nonzero().flatten(), in_b2.nonzero().flatten()]
+        order = torch.cat(split).tolist()
+        samples = data.get('data_samples')
+        samples = samples and [samples[i] for i in order]
+        split = self.cast_data(split)
+        parts = [view[index] for view in self.cast_data(views) for index in split]
+        data = super().forward(dict(inputs=parts, data_samples=samples), training)
+
+        pairs = list(zip(data['inputs'][::2], data['inputs'][1::2], strict=True))
+        elements = self.cast_data(record[in_b2])
+        data['inputs'] = [
+            ViewBatch(base, self._resize(equi), elements[:, view])
+            if view < record.shape[1]
+            else torch.cat([base, equi])
+            for view, (base, equi) in enumerate(pairs)
+        ]
+        return data
+
+    def _check(self, views: list[Tensor], record: Optional[Tensor]) -> None:
+        if not views or record.ndim != 2 or record.dtype != torch.int64:
+            raise ValueError(
+                'SERDataPreprocessor: the batch has lost its geometry records: the last of '
+                f'`inputs` is {tuple(record.shape)} {record.dtype}, not the (B, views) int64 table '
+                'that EquivariantViewPipeline adds. Let EquivariantViewPipeline make the views, '
+                'right before PackInputs, and collate with default_collate.'
+            )
+        height, width = views[0].shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f'SERDataPreprocessor: images of {height} x {width} are not whole patches of '
+                f'patch_size={self.patch_size}; change the crop size of the views or patch_size.'
+            )
+
+    def _resize(self, images: Tensor) -> Tensor:
+        """Resize (N2, 3, H, W) to a grid of tokens drawn for this batch and view."""
+        height, width = (side / self.patch_size for side in images.shape[-2:])
+        log_low, log_high = (math.log(bound) for bound in self.aspect_ratio)
+        low, high = self.scale
+        area, log_aspect = torch.rand(2, dtype=torch.float64).tolist()
+        area = height * width * (low + (high - low) * area)
+        aspect = math.exp(log_low + (log_high - log_low) * log_aspect)
+        grid = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        size = [max(side, 1) * self.patch_size for side in grid]
+        return F.interpolate(images, size, mode='bicubic', align_corners=False)

@@ -1,0 +1,3 @@
+from .ser_head import SERHead
+
+__all__ = ['SERHead']

@@ -1,0 +1,3 @@
+from .ser_neck import SERNeck
+
+__all__ = ['SERNeck']

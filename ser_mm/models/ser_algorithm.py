@@ -1,0 +1,178 @@
+from collections.abc import Callable
+from typing import Optional, Union
+
+import torch
+from mmengine.model import BaseModel
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+from ser_mm import geometry
+from ser_mm.views import ViewBatch
+
+
+@MODELS.register_module()
+class SERAlgorithm(BaseModel):
+    """Soft Equivariance Regularization around a two-view SSL algorithm (arXiv 2603.06693).
+
+    The wrapped algorithm computes its own loss, unchanged, from two containers that hold b1 and b2
+    in place of its two views. SER adds, for b2, a loss on an intermediate token map: the map of
+    one view, moved by the group element that relates the views, is to match the map of the other.
+
+    What the wrapped algorithm has to provide:
+
+    - ``backbone``, its online branch, which accepts a :class:`~ser_mm.views.ViewBatch`, returns
+      embeddings of b1 and b2, leaves the token map of b2 in ``ViewBatch.token_maps`` and tells
+      ``token_map_channels`` and ``token_map_stride``, as
+      :class:`~ser_mm.models.SERVisionTransformer` does;
+    - ``loss(inputs, data_samples)``, which hands each of the first two of ``inputs`` to
+      ``backbone`` once. A second backbone that it hands them to is the momentum branch.
+
+    Checkpoints have the keys of the wrapped algorithm (``backbone.``, ``neck.``, ...) beside
+    ``ser_neck.``, so that they load into either.
+
+    Args:
+        algorithm (dict): Config of the wrapped algorithm, e.g. MMPretrain's ``MoCoV3``.
+        neck (dict): Config of the projector of the token map, :class:`~ser_mm.models.SERNeck`.
+        head (dict): Config of the equivariance loss, :class:`~ser_mm.models.SERHead`.
+        loss_weight (float): Weight of the equivariance loss. Defaults to 1.0.
+        detach_keys (bool): Stop the gradient to keys of the online branch, which provides them
+            where there is no momentum branch. Keys of a momentum branch never carry gradient.
+            Defaults to False.
+        data_preprocessor (dict, optional): Config of the preprocessor. Defaults to None:
+            ``dict(type='SERDataPreprocessor')``.
+        init_cfg (dict, optional): Initialization config. Defaults to None.
+
+    Raises:
+        ValueError: At build, if the wrapped algorithm has no backbone or one without token map,
+            or if the neck or the preprocessor do not fit the backbone.
+    """
+
+    def __init__(
+        self,
+        algorithm: dict,
+        neck: dict,
+        head: dict,
+        loss_weight: float = 1.0,
+        detach_keys: bool = False,
+        data_preprocessor: Optional[dict] = None,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        data_preprocessor = dict(data_preprocessor or {})
+        data_preprocessor.setdefault('type', 'SERDataPreprocessor')
+        super().__init__(MODELS.build(data_preprocessor), init_cfg)
+        self.algorithm = MODELS.build(algorithm)
+        # The wrapped algorithm is initialized from the random state that it would have alone.
+        with torch.random.fork_rng(devices=[]):
+            self.ser_neck = MODELS.build(neck)
+            self.ser_head = MODELS.build(head)
+        self.loss_weight = loss_weight
+        self.detach_keys = detach_keys
+        self._check()
+        self.register_state_dict_post_hook(_to_keys_of_algorithm)
+        self.register_load_state_dict_pre_hook(_from_keys_of_algorithm)
+
+    def _check(self) -> None:
+        name = type(self.algorithm).__name__
+        backbone = getattr(self.algorithm, 'backbone', None)
+        if backbone is None:
+            raise ValueError(
+                f'SERAlgorithm: algorithm={name} has no `backbone`; wrap an algorithm whose online '
+                'network is its attribute `backbone`.'
+            )
+        channels = getattr(backbone, 'token_map_channels', None)
+        if channels is None:
+            raise ValueError(
+                f'SERAlgorithm: the backbone of {name}, {type(backbone).__name__}, gives no token '
+                "map; use type='SERVisionTransformer' with ser_layer=3, say."
+            )
+        if self.ser_neck.in_channels != channels:
+            raise ValueError(
+                f'SERAlgorithm: neck.in_channels={self.ser_neck.in_channels}, but the token map '
+                f'has {channels} channels; set neck.in_channels={channels}.'
+            )
+        stride = backbone.token_map_stride
+        if self.data_preprocessor.patch_size != stride:
+            raise ValueError(
+                f'SERAlgorithm: data_preprocessor.patch_size={self.data_preprocessor.patch_size}, '
+                f'but a token of the backbone covers {stride} pixels; set patch_size={stride}.'
+            )
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The online backbone of the wrapped algorithm."""
+        return self.algorithm.backbone
+
+    def forward(
+        self,
+        inputs: Union[Tensor, list[ViewBatch]],
+        data_samples: Optional[list[DataSample]] = None,
+        mode: str = 'tensor',
+    ) -> Union[Tensor, tuple, dict[str, Tensor]]:
+        """Compute losses (``mode='loss'``), or leave any other mode to the wrapped algorithm."""
+        if mode == 'loss':
+            return self.loss(inputs, data_samples)
+        return self.algorithm(inputs, data_samples, mode=mode)
+
+    def loss(
+        self, inputs: list[ViewBatch], data_samples: Optional[list[DataSample]] = None
+    ) -> dict[str, Tensor]:
+        """The base loss of b1 and b2, and the equivariance loss of b2.
+
+        Args:
+            inputs (list[ViewBatch]): The views; further ones may be plain tensors.
+            data_samples (list[DataSample], optional): Handed to the wrapped algorithm.
+
+        Returns:
+            dict[str, Tensor]: ``loss_inv``, ``loss_ser``, and what the wrapped algorithm reports
+            beside its losses.
+        """
+        reported = self.algorithm.loss(inputs, data_samples)
+        losses = dict(loss_inv=self.parse_losses(reported)[0])
+        losses.update((key, value) for key, value in reported.items() if 'loss' not in key)
+        losses['loss_ser'] = self.loss_weight * self._equivariance_loss(*inputs[:2])
+        return losses
+
+    def _equivariance_loss(self, view_1: ViewBatch, view_2: ViewBatch) -> Tensor:
+        queries, keys = zip(*(self._project(view) for view in (view_1, view_2)), strict=True)
+        d_1, d_2 = (geometry.matrices(view.elements) for view in (view_1, view_2))
+        to_2 = geometry.compose(d_2, geometry.invert(d_1))
+        size_1, size_2 = (q.shape[-2:] for q in queries)
+        moved = [
+            geometry.act(keys[1], geometry.invert(to_2), size_1),
+            geometry.act(keys[0], to_2, size_2),
+        ]
+        return self.ser_head.loss(queries, moved)
+
+    def _project(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
+        """Query and key maps of b2, (N2, C', h, w) each, of the online and the key branch."""
+        maps = dict(view.token_maps)
+        query = self.ser_neck(maps.pop(self.backbone))
+        if not maps:
+            return query, query.detach() if self.detach_keys else query
+        (momentum,) = maps.values()
+        with torch.no_grad():
+            return query, self.ser_neck(momentum)
+
+    def get_layer_depth(self, param_name: str) -> tuple[int, int]:
+        """Depth of a parameter of the wrapped algorithm, see its ``get_layer_depth``."""
+        return self.algorithm.get_layer_depth(param_name.removeprefix('algorithm.'))
+
+
+def _to_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Drop ``algorithm.`` from the keys of a state dict."""
+    _rename(state_dict, prefix, lambda key: key.removeprefix('algorithm.'))
+
+
+def _from_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Put ``algorithm.`` back before loading."""
+    children = tuple(f'{name}.' for name, _ in module.named_children())
+    _rename(
+        state_dict, prefix, lambda key: key if key.startswith(children) else f'algorithm.{key}'
+    )
+
+
+def _rename(state_dict: dict, prefix: str, rename: Callable[[str], str]) -> None:
+    """Rename the keys below ``prefix``, in place and in order."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[prefix + rename(key[len(prefix) :])] = state_dict.pop(key)
