@@ -1,7 +1,6 @@
 """Loading pretrained weights strictly, and without trusting the file."""
 
 import io
-from typing import Optional
 
 import mmengine.fileio
 import numpy as np
@@ -47,7 +46,7 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
     return content
 
 
-def load_backbone(backbone: nn.Module, checkpoint: str, prefix: Optional[str] = None) -> None:
+def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = None) -> None:
     """Fill a backbone from a checkpoint, completely or not at all.
 
     MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line.

@@ -1,7 +1,9 @@
 """The batch container that carries b1 and b2 through a base algorithm."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,3 +31,30 @@ class ViewBatch:
 
     def __len__(self) -> int:
         return len(self.base) + len(self.equi)
+
+
+def pack_maps(maps: Sequence[Tensor]) -> Tensor:
+    """The tokens of maps of any sizes, row by row and one map after the other.
+
+    Args:
+        maps (Sequence[Tensor]): Shape (N_i, C, h_i, w_i) each.
+
+    Returns:
+        Tensor: Shape (T, C), T the sum of N_i * h_i * w_i.
+    """
+    return torch.cat([x.flatten(2).transpose(1, 2).flatten(0, 1) for x in maps])
+
+
+def unpack_maps(tokens: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Inverse of :func:`pack_maps`, with any number of channels.
+
+    Args:
+        tokens (Tensor): Shape (T, C').
+        like (Sequence[Tensor]): Maps whose sizes to restore.
+
+    Returns:
+        list[Tensor]: Shape (N_i, C', h_i, w_i) each.
+    """
+    sizes = [(len(x), *x.shape[-2:]) for x in like]
+    parts = tokens.split([n * h * w for n, h, w in sizes])
+    return [x.unflatten(0, size).permute(0, 3, 1, 2) for x, size in zip(parts, sizes, strict=True)]

@@ -1,7 +1,6 @@
 """Hooks that make a run repeatable, and stop one that has diverged."""
 
 import random
-from typing import Optional
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ class NonFiniteLossHook(Hook):
         self._pending = []
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict = None, outputs: Optional[dict] = None
+        self, runner: Runner, batch_idx: int, data_batch: dict = None, outputs: dict | None = None
     ) -> None:
         """Collect the losses of an iteration, and look at those collected.
 

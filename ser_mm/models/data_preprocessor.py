@@ -1,5 +1,4 @@
 import math
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +88,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         ]
         return data
 
-    def _check(self, views: list[Tensor], record: Optional[Tensor]) -> None:
+    def _check(self, views: list[Tensor], record: Tensor | None) -> None:
         if not views or record.ndim != 2 or record.dtype != torch.int64:
             raise ValueError(
                 'SERDataPreprocessor: the batch has lost its geometry records: the last of '

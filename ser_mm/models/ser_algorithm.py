@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Optional, Union
 
 import torch
 from mmengine.model import BaseModel
@@ -55,8 +54,8 @@ class SERAlgorithm(BaseModel):
         head: dict,
         loss_weight: float = 1.0,
         detach_keys: bool = False,
-        data_preprocessor: Optional[dict] = None,
-        init_cfg: Optional[dict] = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
     ) -> None:
         data_preprocessor = dict(data_preprocessor or {})
         data_preprocessor.setdefault('type', 'SERDataPreprocessor')
@@ -105,17 +104,17 @@ class SERAlgorithm(BaseModel):
 
     def forward(
         self,
-        inputs: Union[Tensor, list[ViewBatch]],
-        data_samples: Optional[list[DataSample]] = None,
+        inputs: Tensor | list[ViewBatch],
+        data_samples: list[DataSample] | None = None,
         mode: str = 'tensor',
-    ) -> Union[Tensor, tuple, dict[str, Tensor]]:
+    ) -> Tensor | tuple | dict[str, Tensor]:
         """Compute losses (``mode='loss'``), or leave any other mode to the wrapped algorithm."""
         if mode == 'loss':
             return self.loss(inputs, data_samples)
         return self.algorithm(inputs, data_samples, mode=mode)
 
     def loss(
-        self, inputs: list[ViewBatch], data_samples: Optional[list[DataSample]] = None
+        self, inputs: list[ViewBatch], data_samples: list[DataSample] | None = None
     ) -> dict[str, Tensor]:
         """The base loss of b1 and b2, and the equivariance loss of b2.
 
@@ -130,12 +129,12 @@ class SERAlgorithm(BaseModel):
         reported = self.algorithm.loss(inputs, data_samples)
         losses = dict(loss_inv=self.parse_losses(reported)[0])
         losses.update((key, value) for key, value in reported.items() if 'loss' not in key)
-        losses['loss_ser'] = self.loss_weight * self._equivariance_loss(*inputs[:2])
+        losses['loss_ser'] = self.loss_weight * self._equivariance_loss(inputs[:2])
         return losses
 
-    def _equivariance_loss(self, view_1: ViewBatch, view_2: ViewBatch) -> Tensor:
-        queries, keys = zip(*(self._project(view) for view in (view_1, view_2)), strict=True)
-        d_1, d_2 = (geometry.matrices(view.elements) for view in (view_1, view_2))
+    def _equivariance_loss(self, views: list[ViewBatch]) -> Tensor:
+        queries, keys = self._project(views)
+        d_1, d_2 = (geometry.matrices(view.elements) for view in views)
         to_2 = geometry.compose(d_2, geometry.invert(d_1))
         size_1, size_2 = (q.shape[-2:] for q in queries)
         moved = [
@@ -144,15 +143,20 @@ class SERAlgorithm(BaseModel):
         ]
         return self.ser_head.loss(queries, moved)
 
-    def _project(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
-        """Query and key maps of b2, (N2, C', h, w) each, of the online and the key branch."""
-        maps = dict(view.token_maps)
-        query = self.ser_neck(maps.pop(self.backbone))
-        if not maps:
-            return query, query.detach() if self.detach_keys else query
-        (momentum,) = maps.values()
+    def _project(self, views: list[ViewBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """Query and key maps of b2 per view, (N2, C', h, w) each."""
+        online, *momentum = (
+            [view.token_maps[branch] for view in views] for branch in self._branches(views[0])
+        )
+        queries = self.ser_neck(online)
+        if not momentum:
+            return queries, [q.detach() for q in queries] if self.detach_keys else queries
         with torch.no_grad():
-            return query, self.ser_neck(momentum)
+            return queries, self.ser_neck(*momentum)
+
+    def _branches(self, view: ViewBatch) -> list[nn.Module]:
+        """The online backbone, and the momentum one if a view was handed to it."""
+        return [self.backbone, *(x for x in view.token_maps if x is not self.backbone)]
 
     def get_layer_depth(self, param_name: str) -> tuple[int, int]:
         """Depth of a parameter of the wrapped algorithm, see its ``get_layer_depth``."""
@@ -167,9 +171,7 @@ def _to_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) 
 def _from_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Put ``algorithm.`` back before loading."""
     children = tuple(f'{name}.' for name, _ in module.named_children())
-    _rename(
-        state_dict, prefix, lambda key: key if key.startswith(children) else f'algorithm.{key}'
-    )
+    _rename(state_dict, prefix, lambda key: key if key.startswith(children) else f'algorithm.{key}')
 
 
 def _rename(state_dict: dict, prefix: str, rename: Callable[[str], str]) -> None:

@@ -1,5 +1,3 @@
-from typing import Optional
-
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmpretrain.registry import TRANSFORMS
@@ -14,7 +12,7 @@ class LoadReadableImage(LoadImageFromFile):
     ``LoadImageFromFile``.
     """
 
-    def transform(self, results: dict) -> Optional[dict]:
+    def transform(self, results: dict) -> dict | None:
         """Load ``img_path``.
 
         Args:

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Optional, Union
 
 import torch
 from mmpretrain.models.backbones import VisionTransformer
@@ -50,12 +49,12 @@ class SERVisionTransformer(VisionTransformer):
 
     def __init__(
         self,
-        arch: Union[str, dict] = 'deit-small',
+        arch: str | dict = 'deit-small',
         *args,
-        ser_layer: Optional[int] = None,
-        cls_layer: Optional[int] = None,
+        ser_layer: int | None = None,
+        cls_layer: int | None = None,
         stop_grad_conv1: bool = False,
-        init_cfg: Optional[Union[dict, list]] = None,
+        init_cfg: dict | list | None = None,
         **kwargs,
     ) -> None:
         super().__init__(arch, *args, init_cfg=init_cfg, **kwargs)
@@ -99,7 +98,7 @@ class SERVisionTransformer(VisionTransformer):
             self.patch_embed.requires_grad_(False)
 
     @property
-    def token_map_channels(self) -> Optional[int]:
+    def token_map_channels(self) -> int | None:
         """Channels of the token map; None without ``ser_layer``."""
         return None if self.ser_layer is None else self.embed_dims
 
@@ -144,7 +143,7 @@ class SERVisionTransformer(VisionTransformer):
                 state_dict[name], (side, side), self.patch_resolution, self.interpolate_mode, 0
             )
 
-    def forward(self, x: Union[Tensor, ViewBatch]) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor | ViewBatch) -> tuple[Tensor, ...]:
         """Embed images.
 
         Args:

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import all_gather, get_rank, get_world_size
@@ -8,6 +9,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
 from torch.utils.checkpoint import checkpoint
+
+from ser_mm.views import pack_maps
 
 
 @MODELS.register_module()
@@ -65,70 +68,70 @@ class SERHead(BaseModule):
             Tensor: Scalar; 0, still differentiable, where there is no b2 image.
         """
         with torch.autocast(queries[0].device.type, enabled=False):
-            queries = [self._tokens(q) for q in queries]
-            keys, images, own = self._gather([self._tokens(k) for k in keys])
-            losses = [
-                self._sum(q.flatten(0, 1), k, image, first) * get_world_size() / max(len(k), 1)
-                for q, k, image, first in zip(queries, keys, images, own, strict=True)
-            ]
-            return sum(losses) / len(losses)
+            sizes = _gather_sizes(queries)
+            tokens = [[n * length for length in lengths] for n, *lengths in sizes]
+            packed_queries = _normalize(queries) / self.temperature
+            packed_keys = _gather(_normalize(keys), [sum(rank) for rank in tokens])
+            by_rank = [k.split(rank) for k, rank in zip(packed_keys, tokens, strict=True)]
+            losses = []
+            for v, q in enumerate(packed_queries.split(tokens[get_rank()])):
+                lengths = [row[1 + v] for row in sizes for _ in range(row[0])]
+                image = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+                k = torch.cat([rank[v] for rank in by_rank])
+                first = sum(rank[v] for rank in tokens[: get_rank()])
+                losses.append(self._direction(q, k, image.to(k.device, non_blocking=True), first))
+            return sum(losses) * get_world_size() / len(losses)
 
-    @staticmethod
-    def _tokens(maps: Tensor) -> Tensor:
-        """(N, C, h, w) -> l2-normalized (N, h * w, C), in float32 at least."""
-        tokens = maps.flatten(2).transpose(1, 2)
-        return F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
-
-    @staticmethod
-    def _gather(keys: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Keys of all ranks, by one collective beside that of the sizes.
+    def _direction(self, queries: Tensor, keys: Tensor, image: Tensor, first: int) -> Tensor:
+        """This rank's part of the mean over all queries of one direction.
 
         Args:
-            keys (Sequence[Tensor]): This rank's keys per direction, (N, L_v, C).
-
-        Returns:
-            tuple: Per direction, the keys of all ranks (K_v, C), the number of the image that
-            each belongs to (K_v,), and where this rank's own begin.
+            queries (Tensor): This rank's, divided by the temperature, (M, C).
+            keys (Tensor): Those of all ranks, (K, C); K queries exist on all ranks together.
+            image (Tensor): Number of the image that each key belongs to, (K,).
+            first (int): Query m has its positive at ``first + m``.
         """
-        own = torch.tensor([len(keys[0]), *(k.shape[1] for k in keys)], device=keys[0].device)
-        sizes = [row.tolist() for row in all_gather(own)] if get_world_size() > 1 else [own.tolist()]
-        packed = torch.cat([k.flatten(0, 1) for k in keys])
-        if len(sizes) > 1:
-            tokens = [n * sum(lengths) for n, *lengths in sizes]
-            padded = F.pad(packed, (0, 0, 0, max(tokens) - len(packed)))
-            ranks = [x[:t] for x, t in zip(all_gather_with_grad(padded), tokens, strict=True)]
-        else:
-            ranks = [packed]
-        by_rank = [
-            x.split([n * length for length in lengths])
-            for x, (n, *lengths) in zip(ranks, sizes, strict=True)
-        ]
-        total = sum(n for n, *_ in sizes)
-        images, first = [], []
-        for direction in range(1, len(keys) + 1):
-            per_image = torch.tensor([row[direction] for row in sizes for _ in range(row[0])])
-            image = torch.arange(total).repeat_interleave(per_image.long())
-            images.append(image.to(packed.device, non_blocking=True))
-            first.append(sum(row[0] * row[direction] for row in sizes[: get_rank()]))
-        return [torch.cat(k) for k in zip(*by_rank, strict=True)], images, first
-
-    def _sum(self, queries: Tensor, keys: Tensor, image: Tensor, first: int) -> Tensor:
-        """Sum of the losses of this rank's queries; query m has its positive at ``first + m``."""
         if not len(keys):
             return queries.sum()  # no b2 image on any rank: 0, and a gradient of 0
         positive = torch.arange(first, first + len(queries), device=keys.device)
-        # A rank without queries still runs one empty block: the keys that it gathered must take
-        # part in its backward pass, where the other ranks wait for it.
-        blocks = zip(queries.split(self.block_size), positive.split(self.block_size), strict=True)
+        own = image[first : first + len(queries)]
+        if len(queries) <= self.block_size:
+            # Also for no query at all: the keys that this rank gathered must take part in its
+            # backward pass, where the other ranks wait for it.
+            return _block_loss(queries, positive, own, keys, image) / len(keys)
+        blocks = zip(*(x.split(self.block_size) for x in (queries, positive, own)), strict=True)
         return sum(
-            checkpoint(
-                self._block, q, p, keys, image, use_reentrant=False, preserve_rng_state=False
-            )
-            for q, p in blocks
-        )
+            checkpoint(_block_loss, *block, keys, image, use_reentrant=False) for block in blocks
+        ) / len(keys)
 
-    def _block(self, queries: Tensor, positive: Tensor, keys: Tensor, image: Tensor) -> Tensor:
-        logits = queries @ keys.t() / self.temperature
-        ignored = image[positive, None] == image
-        ignored.scatter_(1, positive[:, None], False)
-        return F.cross_entropy(logits.masked_fill(ignored, -torch.inf), positive, reduction='sum')
+
+def _normalize(maps: Sequence[Tensor]) -> Tensor:
+    """Packed tokens of maps, l2-normalized, in float32 at least: (T, C)."""
+    tokens = pack_maps(maps)
+    return F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=1)
+
+
+def _block_loss(
+    queries: Tensor, positive: Tensor, own: Tensor, keys: Tensor, image: Tensor
+) -> Tensor:
+    """Sum of the losses of a block of queries that belong to the images ``own``."""
+    ignored = own[:, None] == image
+    ignored.scatter_(1, positive[:, None], False)
+    logits = (queries @ keys.t()).masked_fill(ignored, -torch.inf)
+    return F.cross_entropy(logits, positive, reduction='sum')
+
+
+def _gather_sizes(maps: Sequence[Tensor]) -> list[list[int]]:
+    """Number of images, then of tokens per image in each direction, of each rank."""
+    own = [len(maps[0]), *(x.shape[-2] * x.shape[-1] for x in maps)]
+    if get_world_size() == 1:
+        return [own]
+    return [row.tolist() for row in all_gather(torch.tensor(own, device=maps[0].device))]
+
+
+def _gather(tokens: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Tokens (T, C) of each rank, ``lengths`` of them; gradient flows back to their rank."""
+    if len(lengths) == 1:
+        return [tokens]
+    padded = F.pad(tokens, (0, 0, 0, max(lengths) - len(tokens)))
+    return [x[:n] for x, n in zip(all_gather_with_grad(padded), lengths, strict=True)]

@@ -1,25 +1,24 @@
-from typing import Optional
+from collections.abc import Sequence
 
 from mmengine.model import BaseModule
-from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+
+from ser_mm.views import pack_maps, unpack_maps
 
 
 @MODELS.register_module()
 class SERNeck(BaseModule):
-    """Projector of the token map, the same for every token and for both branches.
+    """Projector of token maps, the same for every token and for both branches.
 
-    LayerNorm over channels, 1x1 convolution, GELU, 1x1 convolution; the convolutions have no bias
-    (paper, Section 3). The LayerNorm belongs to the loss, not to the network that is kept, hence
-    it lives here and not in the backbone: a pretrained backbone has no parameter of SER's.
+    LayerNorm over channels, linear, GELU, linear, token by token, which is to say 1x1 convolutions
+    of the map; the linear layers have no bias (paper, Section 3). The LayerNorm serves the loss
+    alone, hence it lives here and not in the backbone, which has no parameter of SER's.
 
     Args:
         in_channels (int): Channels of the token map.
-        hid_channels (int): Channels between the two convolutions. Defaults to 512.
+        hid_channels (int): Channels between the two linear layers. Defaults to 512.
         out_channels (int): Channels of the projected map. Defaults to 512.
-        norm_cfg (dict): Norm over the channels of each token.
-            Defaults to ``dict(type='LN2d', eps=1e-6)``.
         init_cfg (dict, optional): Initialization config. Defaults to None.
     """
 
@@ -28,23 +27,24 @@ class SERNeck(BaseModule):
         in_channels: int,
         hid_channels: int = 512,
         out_channels: int = 512,
-        norm_cfg: dict = dict(type='LN2d', eps=1e-6),  # noqa: B006
-        init_cfg: Optional[dict] = None,
+        init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
         self.in_channels = in_channels
-        self.norm = build_norm_layer(norm_cfg, in_channels)
-        self.fc1 = nn.Conv2d(in_channels, hid_channels, kernel_size=1, bias=False)
-        self.act = nn.GELU()
-        self.fc2 = nn.Conv2d(hid_channels, out_channels, kernel_size=1, bias=False)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(in_channels, eps=1e-6),
+            nn.Linear(in_channels, hid_channels, bias=False),
+            nn.GELU(),
+            nn.Linear(hid_channels, out_channels, bias=False),
+        )
 
-    def forward(self, token_map: Tensor) -> Tensor:
-        """Project a token map.
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Project token maps of any sizes in one pass.
 
         Args:
-            token_map (Tensor): Shape (N, in_channels, h, w); N may be 0.
+            maps (Sequence[Tensor]): Shape (N_i, in_channels, h_i, w_i) each; N_i may be 0.
 
         Returns:
-            Tensor: Shape (N, out_channels, h, w).
+            list[Tensor]: Shape (N_i, out_channels, h_i, w_i) each.
         """
-        return self.fc2(self.act(self.fc1(self.norm(token_map))))
+        return unpack_maps(self.layers(pack_maps(maps)), maps)
