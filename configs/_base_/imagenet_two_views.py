@@ -1,5 +1,5 @@
 # ImageNet-1k, two views at 224 x 224: the policy of MoCo v3 and BYOL.
-# data/imagenet/train/<wordnet id>/*.JPEG, optionally data/imagenet/meta/train.txt
+# data/imagenet/train/<wordnet id>/*.JPEG
 data_preprocessor = dict(
     type='SelfSupDataPreprocessor',
     mean=[123.675, 116.28, 103.53],
@@ -44,7 +44,12 @@ train_dataloader = dict(
     drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
+    # Any folder of images does: labels are not looked at.
     dataset=dict(
-        type='ImageNet', data_root='data/imagenet/', split='train', pipeline=train_pipeline
+        type='CustomDataset',
+        data_root='data/imagenet/',
+        data_prefix='train',
+        with_label=False,
+        pipeline=train_pipeline,
     ),
 )

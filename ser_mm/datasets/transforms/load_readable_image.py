@@ -1,3 +1,5 @@
+import logging
+
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmpretrain.registry import TRANSFORMS
@@ -27,6 +29,6 @@ class LoadReadableImage(LoadImageFromFile):
             print_log(
                 f'Skipped an unreadable image, {results["img_path"]}: {error}',
                 logger='current',
-                level='WARNING',
+                level=logging.WARNING,
             )
             return None

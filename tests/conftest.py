@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+
+@pytest.fixture(scope='session')
+def imagenet_tree(tmp_path_factory) -> Path:
+    """A small JPEG tree in ImageNet layout: 16 crops of photographs in 4 classes."""
+    root = tmp_path_factory.mktemp('imagenet')
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(('astronaut', 'chelsea', 'coffee', 'rocket')):
+        photo = getattr(skimage.data, name)()
+        folder = root / 'train' / f'n{label:08d}'
+        folder.mkdir(parents=True)
+        for i in range(4):
+            top, left = (rng.integers(side - 96) for side in photo.shape[:2])
+            path = folder / f'{name}_{i}.JPEG'
+            Image.fromarray(photo[top : top + 96, left : left + 96]).save(path, quality=90)
+    return root
