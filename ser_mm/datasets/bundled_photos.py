@@ -1,0 +1,199 @@
+import json
+import os
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+import mmcv
+import numpy as np
+from mmengine.dist import barrier, is_main_process
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS
+
+# Photographs, textures and micrographs inside the wheels of scikit-image and scikit-learn; the
+# other pictures that these packages offer would have to be downloaded.
+PICTURES = dict(
+    astronaut='skimage.data/astronaut.png',
+    brick='skimage.data/brick.png',
+    camera='skimage.data/camera.png',
+    cell='skimage.data/cell.png',
+    chelsea='skimage.data/chelsea.png',
+    china='sklearn.datasets.images/china.jpg',
+    coffee='skimage.data/coffee.png',
+    coins='skimage.data/coins.png',
+    flower='sklearn.datasets.images/flower.jpg',
+    grass='skimage.data/grass.png',
+    gravel='skimage.data/gravel.png',
+    hubble_deep_field='skimage.data/hubble_deep_field.jpg',
+    ihc='skimage.data/ihc.png',
+    moon='skimage.data/moon.png',
+    motorcycle='skimage.data/motorcycle_left.png',
+    page='skimage.data/page.png',
+    retina='skimage.data/retina.jpg',
+    rocket='skimage.data/rocket.jpg',
+    text='skimage.data/text.png',
+)
+
+_LONGER_SIDE = 640
+_TRAIN_SHARE = 0.6
+_STAMP = 'bundled_photos.json'
+
+
+def write_bundled_photos(
+    root: str | Path,
+    crop_size: int = 64,
+    train_per_picture: int = 200,
+    val_per_picture: int = 100,
+    seed: int = 0,
+) -> None:
+    """Cut crops out of the bundled pictures and write them as JPEG files, once.
+
+    Each picture, in grey (its colours alone would tell most of them), is cut in two across its
+    longer side: the first 60 % give the training crops, the rest the validation crops, so no pixel
+    is in both. The layout is ImageNet's::
+
+        root
+        ├── train
+        │   ├── astronaut
+        │   │   ├── 000.jpg
+        │   │   └── ...
+        │   └── ...
+        └── val
+            └── ...
+
+    The folder appears under its name when it is complete, so an interrupted write leaves nothing
+    that a later call would take for the data, and of two processes that write at once one wins.
+
+    Args:
+        root (str | Path): Folder to make. One that holds the same crops already is left as it is.
+        crop_size (int): Side of the square crops in pixels. Defaults to 64.
+        train_per_picture (int): Training crops of each picture. Defaults to 200.
+        val_per_picture (int): Validation crops of each picture. Defaults to 100.
+        seed (int): Seed of the crops' places. Defaults to 0.
+
+    Raises:
+        FileExistsError: If ``root`` is there but holds something else, or crops that were made
+            with other arguments.
+        ValueError: If ``crop_size`` exceeds a side of the smallest region.
+    """
+    root = Path(root).expanduser()
+    counts = dict(train=train_per_picture, val=val_per_picture)
+    stamp = dict(pictures=list(PICTURES), crop_size=crop_size, **counts, seed=seed)
+    if _is_written(root, stamp):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{root.name}.', dir=root.parent) as partial:
+        folder = Path(partial, root.name)
+        for index, name in enumerate(PICTURES):
+            rng = np.random.default_rng([seed, index])
+            for split, region in zip(counts, _regions(name), strict=True):
+                for i, crop in enumerate(_crops(region, crop_size, counts[split], rng)):
+                    mmcv.imwrite(crop, str(folder / split / name / f'{i:03d}.jpg'))
+        (folder / _STAMP).write_text(json.dumps(stamp, indent=1))
+        try:
+            os.rename(folder, root)
+        except OSError:
+            if not _is_written(root, stamp):
+                raise
+
+
+def _is_written(root: Path, stamp: dict) -> bool:
+    """Whether ``root`` holds the crops of ``stamp``; an error if it holds anything else."""
+    if not root.is_dir() or not any(root.iterdir()):
+        return False
+    path = root / _STAMP
+    if not path.exists():
+        raise FileExistsError(
+            f'BundledPhotos: {root} holds other files already; set another `data_root`.'
+        )
+    found = json.loads(path.read_text())
+    differing = [
+        f'{key}={found.get(key)} instead of {stamp[key]}'
+        for key in stamp
+        if found.get(key) != stamp[key]
+    ]
+    if differing:
+        raise FileExistsError(
+            f'BundledPhotos: {root} holds crops of {", ".join(differing)}; remove it or set '
+            'another `data_root`.'
+        )
+    return True
+
+
+def _regions(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The training and the validation region of a picture, each (H, W), uint8."""
+    package, file = PICTURES[name].split('/')
+    content = (files(package) / file).read_bytes()
+    picture = mmcv.imfrombytes(content, flag='grayscale', backend='pillow')
+    if max(picture.shape) > _LONGER_SIDE:
+        picture = mmcv.imrescale(picture, (_LONGER_SIDE, _LONGER_SIDE), interpolation='area')
+    axis = int(np.argmax(picture.shape))
+    return tuple(np.split(picture, [round(_TRAIN_SHARE * picture.shape[axis])], axis=axis))
+
+
+def _crops(region: np.ndarray, size: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Square crops at uniformly drawn places, each (size, size)."""
+    room = np.subtract(region.shape, size)
+    if room.min() < 0:
+        raise ValueError(
+            f'BundledPhotos: crop_size={size} does not fit a region of {region.shape[0]} x '
+            f'{region.shape[1]} pixels; choose a smaller one.'
+        )
+    places = rng.integers(room + 1, size=(count, 2))
+    return [region[y : y + size, x : x + size] for y, x in places]
+
+
+@DATASETS.register_module()
+class BundledPhotos(CustomDataset):
+    """Crops of real pictures that come with scikit-image and scikit-learn; no download.
+
+    The label of a crop is the picture that it was cut from. The crops are written to ``data_root``
+    when they are first needed, see :func:`write_bundled_photos`, and read from there like ImageNet.
+
+    Args:
+        data_root (str): Folder of the crops. Defaults to 'data/bundled_photos'.
+        split (str): 'train' or 'val'. Defaults to 'train'.
+        crop_size (int): Side of the crops in pixels. Defaults to 64.
+        train_per_picture (int): Training crops of each picture. Defaults to 200.
+        val_per_picture (int): Validation crops of each picture. Defaults to 100.
+        seed (int): Seed of the crops' places. Defaults to 0.
+        **kwargs: Those of MMPretrain's ``CustomDataset``: pipeline, ...
+
+    Raises:
+        ValueError: If ``split`` is neither 'train' nor 'val'.
+    """
+
+    METAINFO = dict(classes=tuple(PICTURES))
+
+    def __init__(
+        self,
+        data_root: str = 'data/bundled_photos',
+        split: str = 'train',
+        crop_size: int = 64,
+        train_per_picture: int = 200,
+        val_per_picture: int = 100,
+        seed: int = 0,
+        **kwargs,
+    ) -> None:
+        if split not in ('train', 'val'):
+            raise ValueError(f"BundledPhotos: split='{split}' must be 'train' or 'val'.")
+        self.crops = dict(
+            crop_size=crop_size,
+            train_per_picture=train_per_picture,
+            val_per_picture=val_per_picture,
+            seed=seed,
+        )
+        super().__init__(data_root=data_root, data_prefix=split, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """Write the crops if they are not there, and list those of the split.
+
+        Returns:
+            list[dict]: ``img_path`` and ``gt_label`` of each crop.
+        """
+        if is_main_process():
+            write_bundled_photos(self.data_root, **self.crops)
+        barrier()
+        # Ranks on a machine with a disk of its own still find nothing.
+        write_bundled_photos(self.data_root, **self.crops)
+        return super().load_data_list()
