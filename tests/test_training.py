@@ -1,5 +1,6 @@
 """The shipped recipe through the shipped tools: processes, kills, bad data, broken losses."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -47,9 +48,22 @@ def dist_train(*args: str) -> subprocess.Popen:
     )
     env.setdefault('VIRTUAL_ENV', sys.prefix)
     command = ['bash', 'tools/dist_train.sh', CONFIG, '2', *map(str, args)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=-2, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=-2)
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL to a process and all below it: torchrun gives its ranks sessions of their own."""
+    parents = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
+    doomed = {run.pid}
+    while below := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= below
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.wait()
 
 
 def assert_same(a, b, place='') -> None:
@@ -80,8 +94,7 @@ def test_killed_run_resumes_and_ends_as_the_uninterrupted_one(imagenet_tree, tmp
     for line in run.stdout:  # 16 images, 2 ranks, 2 images each: 4 steps an epoch
         if 'Epoch(train) [2][2/4]' in line:
             break
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    kill(run)
     assert (killed / 'epoch_1.pth').exists() and not (killed / 'epoch_2.pth').exists()
 
     run = dist_train('--work-dir', killed, '--resume', *args)
