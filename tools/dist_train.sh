@@ -32,4 +32,4 @@ exec "$python" -m torch.distributed.run \
   --master_addr="${MASTER_ADDR:-127.0.0.1}" \
   --master_port="${PORT:-29500}" \
   --nproc_per_node="$gpus" \
-  "$tools/train.py" "$config" --launcher pytorch "$@"
+  "$tools/${SCRIPT:-train.py}" "$config" --launcher pytorch "$@"

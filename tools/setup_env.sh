@@ -22,9 +22,9 @@ fingerprint() {
   { cat requirements.txt tools/setup_env.sh; "$1" -VV; pwd; } | cksum
 }
 
-# ser_mm runs on 3.10 too, but the releases in requirements.txt do not.
+# imaug, which mmdet needs, and numpy 2.2 have no common release for 3.14.
 python_fits() {
-  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
 # Two packages provide cv2 and the last one installed wins; on a machine without display libraries
@@ -82,7 +82,7 @@ fi
 # Everything the long steps need is checked before they start.
 if ! python_fits "$python"; then
   python_fits "$PYTHON" ||
-    fail "Python 3.11, 3.12 or 3.13 is needed; name one with PYTHON=/path/to/python."
+    fail "Python 3.10, 3.11, 3.12 or 3.13 is needed; name one with PYTHON=/path/to/python."
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$PYTHON cannot make virtual environments; install its venv package (python3-venv)."
   step 1 "making $VENV (seconds)"

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ser_mm.engine.coco import check_coco
 from ser_mm.engine.runtime import (
     DATALOADERS,
     adapt_to_device,
@@ -120,7 +121,8 @@ def main() -> None:
     if get_local_rank(cfg.launcher) == 0:
         try:
             check_data(cfg)
-        except FileNotFoundError as error:
+            check_coco(cfg)
+        except (FileNotFoundError, ValueError) as error:
             sys.exit(f'error: {error}')
     init_cpu_process_group(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
     adapt_to_device(cfg)
