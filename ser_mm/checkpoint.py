@@ -1,6 +1,9 @@
 """Loading pretrained weights strictly, and without trusting the file."""
 
 import io
+import pickle
+import re
+from collections.abc import Callable
 
 import mmengine.fileio
 import numpy as np
@@ -8,9 +11,18 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
+
+def _history_method(owner: type, name: str) -> Callable:
+    """What ``getattr`` may do in a checkpoint: name the statistics of a history."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'A checkpoint may not ask for {name} of {owner}.')
+    return getattr(owner, name)
+
+
 # What MMEngine's checkpoints hold beside weights: the history of the values that it logged.
 _MMENGINE_GLOBALS = [
     HistoryBuffer,
+    (_history_method, 'builtins.getattr'),
     np.ndarray,
     np.dtype,
     np.dtypes.Float64DType,
@@ -18,6 +30,17 @@ _MMENGINE_GLOBALS = [
     np.array(0).__reduce__()[0],
     np.float64(0).__reduce__()[0],
 ]
+
+# What a ViT's parts are called by timm, and by DeiT, DINO and MoCo v3 with it, and by MMPretrain.
+_TIMM_NAMES = [
+    (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
+    (r'^blocks\.', 'layers.'),
+    (r'\.norm([12])\.', r'.ln\1.'),
+    (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+    (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+    (r'^norm\.', 'ln1.'),
+]
+_CLASSIFIERS = ('head.', 'fc.')
 
 
 def read_weights(checkpoint: str) -> dict[str, Tensor]:
@@ -49,7 +72,8 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
 def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = None) -> None:
     """Fill a backbone from a checkpoint, completely or not at all.
 
-    MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line.
+    MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line. A ViT
+    may have timm's names, and a classifier on top (``head.`` or ``fc.``) is left out.
 
     Args:
         backbone (nn.Module): The network to fill.
@@ -70,6 +94,9 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
             f"No weight in {checkpoint} starts with prefix='{prefix}'; its names start with "
             f'{", ".join(names)}.'
         )
+    weights = {k: v for k, v in weights.items() if not k.startswith(_CLASSIFIERS)}
+    if 'patch_embed.proj.weight' in weights:
+        weights = {_from_timm(key): value for key, value in weights.items()}
     try:
         backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -77,3 +104,21 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
             f"{checkpoint} (prefix='{prefix}') does not fit {type(backbone).__name__}; use the "
             f'backbone config that it was trained with. {error}'
         ) from error
+
+
+def _from_timm(name: str) -> str:
+    for pattern, replacement in _TIMM_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class StrictPretrained:
+    """Mixin by which ``init_cfg=dict(type='Pretrained', ...)`` of a backbone is strict."""
+
+    def init_weights(self) -> None:
+        """Initialize by ``init_cfg``, from a checkpoint by :func:`load_backbone`."""
+        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
+            load_backbone(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
+            self._is_init = True
+        else:
+            super().init_weights()

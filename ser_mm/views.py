@@ -1,10 +1,15 @@
 """The batch container that carries b1 and b2 through a base algorithm."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+
+_NO_TENSOR = (
+    'it holds b1 and b2, which differ in size, and only a backbone that supports SER takes it'
+)
 
 
 @dataclass(eq=False)
@@ -13,7 +18,8 @@ class ViewBatch:
 
     The base algorithm takes it for a batch of images and hands it to its backbones. A backbone
     that supports SER returns embeddings of all N1 + N2 images, b1 first, and leaves the token map
-    of b2 under its own name in :attr:`token_maps`.
+    of b2 under its own name in :attr:`token_maps`. To use it as a tensor in any other way, such
+    as to stack two of them, is an error that says why.
 
     Attributes:
         base (Tensor): Images of b1, shape (N1, 3, H, W).
@@ -31,6 +37,13 @@ class ViewBatch:
 
     def __len__(self) -> int:
         return len(self.base) + len(self.equi)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f'a view has no `{name}`, for {_NO_TENSOR}')
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: tuple, args=(), kwargs=None) -> NoReturn:
+        raise TypeError(f'`{function.__name__}` cannot take a view, for {_NO_TENSOR}')
 
 
 def pack_maps(maps: Sequence[Tensor]) -> Tensor:

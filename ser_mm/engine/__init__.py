@@ -1,3 +1,3 @@
-from .hooks import EpochSeedHook, NonFiniteLossHook, keep_worker_seed
+from .hooks import EpochSeedHook, FreezeLayerHook, NonFiniteLossHook, keep_worker_seed
 
-__all__ = ['EpochSeedHook', 'NonFiniteLossHook', 'keep_worker_seed']
+__all__ = ['EpochSeedHook', 'FreezeLayerHook', 'NonFiniteLossHook', 'keep_worker_seed']

@@ -1,4 +1,4 @@
-"""Hooks that make a run repeatable, and stop one that has diverged."""
+"""Hooks that make a run repeatable, freeze a layer, and stop a run that has diverged."""
 
 import random
 
@@ -45,6 +45,51 @@ def keep_worker_seed(worker_id: int) -> None:
 
 
 @HOOKS.register_module()
+class FreezeLayerHook(Hook):
+    """Leave a layer as it is in the first epochs, as DINO does with the last of its projector.
+
+    The optimizer finds no gradient of it and passes over it, weight decay included. Gradients are
+    computed all the same: DDP, built once for all epochs, waits for each.
+
+    Args:
+        layer (str): Name of the layer, or the end of its name as in 'neck.last_layer', so that it
+            is found in a wrapped model too.
+        epochs (int): Number of epochs. Defaults to 1.
+
+    Raises:
+        ValueError: Before training, if no parameter to train is in such a layer.
+    """
+
+    def __init__(self, layer: str, epochs: int = 1) -> None:
+        self.layer = layer
+        self.epochs = epochs
+
+    def before_train(self, runner: Runner) -> None:
+        """Have the gradients dropped right before each step of the optimizer."""
+        frozen = [
+            parameter
+            for name, parameter in runner.model.named_parameters()
+            if f'.{self.layer}.' in f'.{name}' and parameter.requires_grad
+        ]
+        if not frozen:
+            raise ValueError(
+                f"FreezeLayerHook: no parameter to train is in layer='{self.layer}' of the model; "
+                'name a layer as model.named_modules() does.'
+            )
+
+        def drop_gradients(*_) -> None:
+            if runner.epoch < self.epochs:
+                for parameter in frozen:
+                    parameter.grad = None
+
+        self._handle = runner.optim_wrapper.optimizer.register_step_pre_hook(drop_gradients)
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the optimizer as it was."""
+        self._handle.remove()
+
+
+@HOOKS.register_module()
 class NonFiniteLossHook(Hook):
     """Stop training when a loss is not finite, before a checkpoint of it is written.
 
@@ -74,14 +119,16 @@ class NonFiniteLossHook(Hook):
         Raises:
             FloatingPointError: With the first iteration whose loss is not finite, and its terms.
         """
-        self._pending.append((runner.iter + 1, outputs))
+        # Detached, as a loss would keep the graph of its step alive.
+        terms = {name: value.detach() for name, value in outputs.items()}
+        self._pending.append((runner.iter + 1, terms))
         if not (
             self.every_n_train_iters(runner, self.interval)
             or self.is_last_train_iter(runner)
             or self.end_of_epoch(runner.train_dataloader, batch_idx)
         ):
             return
-        losses = torch.stack([terms['loss'].detach() for _, terms in self._pending])
+        losses = torch.stack([terms['loss'] for _, terms in self._pending])
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             iteration, terms = self._pending[bad[0]]

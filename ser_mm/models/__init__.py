@@ -1,13 +1,20 @@
-from .backbones import SERVisionTransformer
+from .backbones import SERResNet, SERVisionTransformer
 from .data_preprocessor import SERDataPreprocessor
-from .heads import SERHead
-from .necks import SERNeck
+from .dino import DINO, DINOHead, DINONeck
+from .heads import CrossCorrelationHead, SERHead
+from .necks import SERNeck, SimpleFPN
 from .ser_algorithm import SERAlgorithm
 
 __all__ = [
+    'CrossCorrelationHead',
+    'DINO',
+    'DINOHead',
+    'DINONeck',
     'SERAlgorithm',
     'SERDataPreprocessor',
     'SERHead',
     'SERNeck',
+    'SERResNet',
     'SERVisionTransformer',
+    'SimpleFPN',
 ]

@@ -105,6 +105,8 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
 
     def _resize(self, images: Tensor) -> Tensor:
         """Resize (N2, 3, H, W) to a grid of tokens drawn for this batch and view."""
+        if not len(images):
+            return images  # and draw nothing, so that the base algorithm draws what it would alone
         height, width = (side / self.patch_size for side in images.shape[-2:])
         log_low, log_high = (math.log(bound) for bound in self.aspect_ratio)
         low, high = self.scale

@@ -1,12 +1,14 @@
 from collections.abc import Callable
 
 import torch
+from mmengine import dist
 from mmengine.model import BaseModel
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
+from ser_mm.models.trial import try_views
 from ser_mm.views import ViewBatch
 
 
@@ -23,9 +25,15 @@ class SERAlgorithm(BaseModel):
     - ``backbone``, its online branch, which accepts a :class:`~ser_mm.views.ViewBatch`, returns
       embeddings of b1 and b2, leaves the token map of b2 in ``ViewBatch.token_maps`` and tells
       ``token_map_channels`` and ``token_map_stride``, as
-      :class:`~ser_mm.models.SERVisionTransformer` does;
-    - ``loss(inputs, data_samples)``, which hands each of the first two of ``inputs`` to
-      ``backbone`` once. A second backbone that it hands them to is the momentum branch.
+      :class:`~ser_mm.models.SERVisionTransformer` and :class:`~ser_mm.models.SERResNet` do;
+    - ``loss(inputs, data_samples)``, which hands each of the first two of ``inputs``, whole and
+      by itself, to ``backbone`` once, and does nothing else with them. A second backbone that it
+      hands them to, most often a moving average of the first, is the momentum branch. Further
+      ``inputs`` are tensors, to do with as it likes.
+
+    A trial step at build, on a copy and on images of a few tokens, shows whether it does. Where
+    there is a process group it is left out, as it would need all ranks; a view that is used as a
+    tensor then stops the first step of training with the same reason.
 
     Checkpoints have the keys of the wrapped algorithm (``backbone.``, ``neck.``, ...) beside
     ``ser_neck.``, so that they load into either.
@@ -43,8 +51,8 @@ class SERAlgorithm(BaseModel):
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: At build, if the wrapped algorithm has no backbone or one without token map,
-            or if the neck or the preprocessor do not fit the backbone.
+        ValueError: At build, if the wrapped algorithm does not meet the contract, or if the neck
+            or the preprocessor do not fit the backbone.
     """
 
     def __init__(
@@ -79,6 +87,8 @@ class SERAlgorithm(BaseModel):
                 f'SERAlgorithm: algorithm={name} has no `backbone`; wrap an algorithm whose online '
                 'network is its attribute `backbone`.'
             )
+        if not dist.is_distributed():
+            try_views(self.algorithm)
         channels = getattr(backbone, 'token_map_channels', None)
         if channels is None:
             raise ValueError(

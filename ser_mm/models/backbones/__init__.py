@@ -1,3 +1,4 @@
+from .ser_resnet import SERResNet
 from .ser_vit import SERVisionTransformer
 
-__all__ = ['SERVisionTransformer']
+__all__ = ['SERResNet', 'SERVisionTransformer']

@@ -7,7 +7,7 @@ from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.checkpoint import load_backbone
+from ser_mm.checkpoint import StrictPretrained
 from ser_mm.views import ViewBatch
 
 Shapes = list[tuple[int, int]]
@@ -15,7 +15,7 @@ Shapes = list[tuple[int, int]]
 
 
 @MODELS.register_module()
-class SERVisionTransformer(VisionTransformer):
+class SERVisionTransformer(StrictPretrained, VisionTransformer):
     """MMPretrain's ViT with a late [CLS] token and a token map for SER (paper, Section 3).
 
     Called with images it is a ViT like any other. Called with a
@@ -91,7 +91,8 @@ class SERVisionTransformer(VisionTransformer):
                     f"(cls_layer={self.cls_layer}); use later outputs or out_type='featmap'."
                 )
             self.pos_embed = nn.Parameter(
-                self.pos_embed[:, 1:].detach().clone(), self.pos_embed.requires_grad
+                self.pos_embed.detach()[:, 1:].clone(memory_format=torch.contiguous_format),
+                self.pos_embed.requires_grad,
             )
             self.register_buffer('cls_after', torch.tensor(self.cls_layer))
         if stop_grad_conv1:
@@ -109,10 +110,6 @@ class SERVisionTransformer(VisionTransformer):
 
     def init_weights(self) -> None:
         """Initialize as in MoCo v3, by ``init_cfg``, or strictly from a checkpoint."""
-        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            load_backbone(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
-            self._is_init = True
-            return
         super().init_weights()
         if self.init_cfg is None:
             if self.cls_token is not None:
@@ -123,6 +120,13 @@ class SERVisionTransformer(VisionTransformer):
                         nn.init.xavier_uniform_(matrix)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> 'SERVisionTransformer':
+        """Set the mode, but of frozen stages, whose dropout and drop path stay off."""
+        super().train(mode)
+        if self.frozen_stages > 0:
+            self._freeze_stages()
+        return self
 
     def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         """Before loading: refuse a [CLS] token inserted elsewhere, and resize the positions."""
@@ -137,7 +141,7 @@ class SERVisionTransformer(VisionTransformer):
             )
         if self.cls_layer == 0:
             super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
-        else:
+        elif state_dict[name].shape != self.pos_embed.shape:
             side = int(state_dict[name].shape[1] ** 0.5)
             state_dict[name] = resize_pos_embed(
                 state_dict[name], (side, side), self.patch_resolution, self.interpolate_mode, 0

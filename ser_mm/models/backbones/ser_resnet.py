@@ -1,0 +1,119 @@
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmpretrain.models.backbones import ResNet
+from mmpretrain.registry import MODELS
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ser_mm.checkpoint import StrictPretrained
+from ser_mm.views import ViewBatch
+
+
+@MODELS.register_module()
+class SERResNet(StrictPretrained, ResNet):
+    """MMPretrain's ResNet with the feature map of a stage as the token map for SER.
+
+    Called with images it is a ResNet like any other. Called with a
+    :class:`~ser_mm.views.ViewBatch` it runs b1 and b2, of different sizes, in a pass each, and
+    returns their embeddings, the averages of each output over its map. The map of b2 after stage
+    ``ser_layer`` is left in the container.
+
+    BatchNorm takes the statistics of each pass by itself, over all ranks where it is
+    synchronised. The running statistics are those of b1.
+
+    Args:
+        depth (int): 18, 34, 50, 101 or 152, see ``ResNet``.
+        ser_layer (int, optional): Stage after which b2's token map is taken, 1 to the number of
+            stages. Stage 3 has the stride of 16 pixels of a ViT/16. Defaults to None: no token
+            map, an ordinary ResNet.
+        init_cfg (dict | list[dict], optional): As None, that of ``ResNet``. ``dict(type=
+            'Pretrained', checkpoint=..., prefix='backbone.')`` is strict: a parameter that is
+            missing, unused or of another shape is an error. Defaults to None.
+        **kwargs: Those of ``ResNet``.
+
+    Raises:
+        ValueError: If ``ser_layer`` is outside the network.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *args,
+        ser_layer: int | None = None,
+        init_cfg: dict | list | None = None,
+        **kwargs,
+    ) -> None:
+        if init_cfg is not None:
+            kwargs['init_cfg'] = init_cfg
+        super().__init__(depth, *args, **kwargs)
+        if ser_layer is not None and not 1 <= ser_layer <= self.num_stages:
+            raise ValueError(
+                f'SERResNet: ser_layer={ser_layer} is outside the network; choose a stage from 1 '
+                f'to {self.num_stages}.'
+            )
+        self.ser_layer = ser_layer
+
+    @property
+    def token_map_channels(self) -> int | None:
+        """Channels of the token map; None without ``ser_layer``."""
+        if self.ser_layer is None:
+            return None
+        return getattr(self, self.res_layers[self.ser_layer - 1])[-1].out_channels
+
+    @property
+    def token_map_stride(self) -> int:
+        """Pixels per token of the token map."""
+        return 4 * math.prod(self.strides[: self.ser_layer])
+
+    def forward(self, x: Tensor | ViewBatch) -> tuple[Tensor, ...]:
+        """Embed images.
+
+        Args:
+            x (Tensor | ViewBatch): Images (N, 3, H, W), or b1 and b2.
+
+        Returns:
+            tuple[Tensor]: One output per ``out_indices``: maps (N, C, h, w), as ``ResNet`` gives;
+            for a ViewBatch, embeddings (N1 + N2, C, 1, 1), of b1, then of b2.
+        """
+        if not isinstance(x, ViewBatch):
+            return super().forward(x)
+        # Without images too: ranks meet in every synchronised norm, so none leaves out a pass.
+        with self._running_stats_kept(len(x.base) == 0):
+            base = self._stages(x.base)
+        with self._running_stats_kept():
+            equi = self._stages(x.equi)
+        if self.ser_layer is not None:
+            x.token_maps[self] = equi[self.ser_layer - 1]
+        return tuple(
+            torch.cat([maps[i].mean(dim=(2, 3), keepdim=True) for maps in (base, equi)])
+            for i in self.out_indices
+        )
+
+    def _stages(self, images: Tensor) -> list[Tensor]:
+        """The output map of every stage."""
+        x = self.stem(images) if self.deep_stem else self.relu(self.norm1(self.conv1(images)))
+        x = self.maxpool(x)
+        maps = []
+        for name in self.res_layers:
+            x = getattr(self, name)(x)
+            maps.append(x)
+        return maps
+
+    @contextmanager
+    def _running_stats_kept(self, keep: bool = True) -> Iterator[None]:
+        """Leave the running statistics of BatchNorm as they are, if asked to."""
+        norms = [
+            m
+            for m in self.modules()
+            if keep and isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
+        try:
+            for norm in norms:
+                norm.track_running_stats = False
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True

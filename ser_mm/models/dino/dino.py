@@ -1,0 +1,80 @@
+from collections import defaultdict
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmpretrain.models import BaseSelfSupervisor, CosineEMA
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class DINO(BaseSelfSupervisor):
+    """DINO, self-distillation with no labels (arXiv 2104.14294, Section 3.1).
+
+    The student (``backbone`` and ``neck``) learns from all views to predict what the teacher, its
+    moving average, says about the others of the first two. Those are the global views; further
+    ones, if any, are local crops, which the student alone sees. Drop path is the student's alone.
+
+    Args:
+        backbone (dict): Config of the backbone.
+        neck (dict): Config of the projector, :class:`~ser_mm.models.DINONeck`.
+        head (dict): Config of the loss, :class:`~ser_mm.models.DINOHead`.
+        base_momentum (float): Weight of the student in the moving average at the start, falling
+            to 0 over training by a cosine. Defaults to 0.004.
+        pretrained (str, optional): Checkpoint to start from. Defaults to None.
+        data_preprocessor (dict, optional): Config of the preprocessor. Defaults to None:
+            ``dict(type='SelfSupDataPreprocessor')``.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults to None.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict,
+        head: dict,
+        base_momentum: float = 0.004,
+        pretrained: str | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            neck=neck,
+            head=head,
+            pretrained=pretrained,
+            data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg,
+        )
+        self.teacher = CosineEMA(nn.Sequential(self.backbone, self.neck), momentum=base_momentum)
+        for module in self.teacher.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+
+    def loss(
+        self, inputs: list[Tensor], data_samples: list[DataSample] | None = None, **kwargs
+    ) -> dict[str, Tensor]:
+        """Update the teacher, and compute the loss of the student.
+
+        Args:
+            inputs (list[Tensor]): Two global views (N, 3, H, W), then any number of local crops.
+                Those of one size go through the student together.
+            data_samples (list[DataSample], optional): Unused.
+            **kwargs: Unused.
+
+        Returns:
+            dict[str, Tensor]: ``loss``.
+        """
+        global_views, local_crops = inputs[:2], inputs[2:]
+        with torch.no_grad():
+            # The first update makes the teacher a copy of the student.
+            self.teacher.update_parameters(nn.Sequential(self.backbone, self.neck))
+            teacher = [self.teacher(view)[0] for view in global_views]
+
+        student = [self.neck(self.backbone(view))[0] for view in global_views]
+        by_size = defaultdict(list)
+        for crop in local_crops:
+            by_size[crop.shape[-2:]].append(crop)
+        for crops in by_size.values():
+            student += self.neck(self.backbone(torch.cat(crops)))[0].chunk(len(crops))
+        return dict(loss=self.head.loss(student, teacher))
