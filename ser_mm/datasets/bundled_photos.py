@@ -16,7 +16,6 @@ PICTURES = dict(
     astronaut='skimage.data/astronaut.png',
     brick='skimage.data/brick.png',
     camera='skimage.data/camera.png',
-    cell='skimage.data/cell.png',
     chelsea='skimage.data/chelsea.png',
     china='sklearn.datasets.images/china.jpg',
     coffee='skimage.data/coffee.png',
@@ -35,7 +34,8 @@ PICTURES = dict(
 )
 
 _LONGER_SIDE = 640
-_TRAIN_SHARE = 0.6
+_STRIPES = 5
+_CANDIDATES = 4
 _STAMP = 'bundled_photos.json'
 
 
@@ -48,9 +48,10 @@ def write_bundled_photos(
 ) -> None:
     """Cut crops out of the bundled pictures and write them as JPEG files, once.
 
-    Each picture, in grey (its colours alone would tell most of them), is cut in two across its
-    longer side: the first 60 % give the training crops, the rest the validation crops, so no pixel
-    is in both. The layout is ImageNet's::
+    Each picture, in grey (its colours alone would tell most of them), is cut across its longer
+    side into five stripes: the second and the fourth give the validation crops, the others the
+    training crops, so no pixel is in both. Of four places drawn for a crop, the one with the most
+    contrast is taken: empty sky tells nothing. The layout is ImageNet's::
 
         root
         ├── train
@@ -74,7 +75,7 @@ def write_bundled_photos(
     Raises:
         FileExistsError: If ``root`` is there but holds something else, or crops that were made
             with other arguments.
-        ValueError: If ``crop_size`` exceeds a side of the smallest region.
+        ValueError: If ``crop_size`` exceeds a side of the smallest stripe.
     """
     root = Path(root).expanduser()
     counts = dict(train=train_per_picture, val=val_per_picture)
@@ -86,8 +87,10 @@ def write_bundled_photos(
         folder = Path(partial, root.name)
         for index, name in enumerate(PICTURES):
             rng = np.random.default_rng([seed, index])
-            for split, region in zip(counts, _regions(name), strict=True):
-                for i, crop in enumerate(_crops(region, crop_size, counts[split], rng)):
+            stripes = _stripes(name)
+            for split, own in dict(train=stripes[0::2], val=stripes[1::2]).items():
+                for i in range(counts[split]):
+                    crop = _draw_crop(own, crop_size, rng)
                     mmcv.imwrite(crop, str(folder / split / name / f'{i:03d}.jpg'))
         (folder / _STAMP).write_text(json.dumps(stamp, indent=1))
         try:
@@ -120,27 +123,36 @@ def _is_written(root: Path, stamp: dict) -> bool:
     return True
 
 
-def _regions(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The training and the validation region of a picture, each (H, W), uint8."""
+def read_picture(name: str) -> np.ndarray:
+    """A bundled picture in grey, (H, W), uint8, its longer side at most 640 pixels."""
     package, file = PICTURES[name].split('/')
     content = (files(package) / file).read_bytes()
     picture = mmcv.imfrombytes(content, flag='grayscale', backend='pillow')
     if max(picture.shape) > _LONGER_SIDE:
         picture = mmcv.imrescale(picture, (_LONGER_SIDE, _LONGER_SIDE), interpolation='area')
-    axis = int(np.argmax(picture.shape))
-    return tuple(np.split(picture, [round(_TRAIN_SHARE * picture.shape[axis])], axis=axis))
+    return picture
 
 
-def _crops(region: np.ndarray, size: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Square crops at uniformly drawn places, each (size, size)."""
-    room = np.subtract(region.shape, size)
-    if room.min() < 0:
-        raise ValueError(
-            f'BundledPhotos: crop_size={size} does not fit a region of {region.shape[0]} x '
-            f'{region.shape[1]} pixels; choose a smaller one.'
-        )
-    places = rng.integers(room + 1, size=(count, 2))
-    return [region[y : y + size, x : x + size] for y, x in places]
+def _stripes(name: str) -> list[np.ndarray]:
+    """The stripes of a picture, each (H, W)."""
+    picture = read_picture(name)
+    return np.array_split(picture, _STRIPES, axis=int(np.argmax(picture.shape)))
+
+
+def _draw_crop(stripes: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
+    """A square crop (size, size) from one of the stripes."""
+    crops = []
+    for _ in range(_CANDIDATES):
+        stripe = stripes[rng.integers(len(stripes))]
+        room = np.subtract(stripe.shape, size)
+        if room.min() < 0:
+            raise ValueError(
+                f'BundledPhotos: crop_size={size} does not fit a stripe of {stripe.shape[0]} x '
+                f'{stripe.shape[1]} pixels; choose a smaller one.'
+            )
+        y, x = rng.integers(room + 1)
+        crops.append(stripe[y : y + size, x : x + size])
+    return max(crops, key=np.std)
 
 
 @DATASETS.register_module()

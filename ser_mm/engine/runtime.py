@@ -14,6 +14,8 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import CustomDataset
 
+from ser_mm.datasets import BundledPhotos
+
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
@@ -144,28 +146,28 @@ def check_data(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
     """
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         for name in dataloaders:
-            for field, dataset in _walk_datasets(name, cfg.get(name) or {}):
+            for field, dataset in walk_datasets(name, cfg.get(name) or {}):
                 kind = dataset.get('type')
                 kind = registry.get(kind) if isinstance(kind, str) else kind
                 if kind is not None:
                     _check_dataset(field, dataset, kind)
 
 
-def _walk_datasets(field: str, cfg: dict) -> Iterator[tuple[str, dict]]:
+def walk_datasets(field: str, cfg: dict) -> Iterator[tuple[str, dict]]:
     """Yield every data set config inside `cfg`, with its place in the config."""
     inner = {'dataset': cfg.get('dataset')}
     inner |= {f'datasets.{i}': dataset for i, dataset in enumerate(cfg.get('datasets') or ())}
     for name, dataset in inner.items():
         if isinstance(dataset, dict):
             yield f'{field}.{name}', dataset
-            yield from _walk_datasets(f'{field}.{name}', dataset)
+            yield from walk_datasets(f'{field}.{name}', dataset)
 
 
 def _check_dataset(field: str, dataset: dict, kind: type) -> None:
     """Check the paths of one data set, as far as its class gives them the usual meaning."""
     root = dataset.get('data_root') or ''
-    # Some data sets download themselves into a folder they make, others live in a remote store.
-    if 'download' in inspect.signature(kind).parameters:
+    # Some data sets make their folder, or download themselves; others live in a remote store.
+    if issubclass(kind, BundledPhotos) or 'download' in inspect.signature(kind).parameters:
         return
     if '://' in root or dataset.get('backend_args'):
         return

@@ -1,0 +1,13 @@
+from .detections import draw_detections
+from .losses import draw_losses, read_scalars
+from .token_maps import draw_token_maps
+from .views import draw_views, restore_images
+
+__all__ = [
+    'draw_detections',
+    'draw_losses',
+    'draw_token_maps',
+    'draw_views',
+    'read_scalars',
+    'restore_images',
+]
