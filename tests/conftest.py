@@ -3,7 +3,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
+import torch
+from mmengine.logging import MMLogger
 from PIL import Image
+
+
+@pytest.fixture(autouse=True, scope='session')
+def quiet():
+    """No log line per initialized parameter, and one thread, the fastest for tiny tensors."""
+    MMLogger.get_current_instance().setLevel('WARNING')
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')
