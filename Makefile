@@ -2,10 +2,11 @@ ALGORITHM ?= mocov3
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint clean
+.PHONY: help env demo demo-detection test lint clean
 
 help:
 	@echo 'make demo    pretrain and evaluate at toy scale (ALGORITHM=$(ALGORITHM), DEMO_ARGS=...)'
+	@echo 'make demo-detection   then train a detector on each of the frozen backbones'
 	@echo 'make test    lint, fast tests, slow tests'
 	@echo 'make lint    style and format only'
 	@echo 'make clean   remove caches and build products; .venv and work_dirs stay'
@@ -16,6 +17,10 @@ env:
 
 demo: env
 	.venv/bin/python tools/demo.py --algorithm $(ALGORITHM) $(DEMO_ARGS)
+
+# Needs the checkpoints of `make demo`, and says so.
+demo-detection: env
+	.venv/bin/python tools/demo_detection.py --algorithm $(ALGORITHM) $(DEMO_ARGS)
 
 lint: env
 	.venv/bin/ruff check .

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
-from sklearn.datasets import load_digits
 
 from .bundled_photos import PICTURES, read_picture
 
@@ -56,6 +55,8 @@ def write_bundled_digits(
             f'write_bundled_digits: {root} holds other files already; remove it or choose another '
             'folder.'
         )
+    from sklearn.datasets import load_digits  # slow to import, as is pycocotools below
+
     digits = load_digits()
     samples = list(zip(digits.images, digits.target, strict=True))
     sources = dict(

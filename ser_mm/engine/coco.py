@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from os.path import exists, join
+from os.path import isfile, join
 
 from mmengine.config import Config
 
@@ -35,8 +35,9 @@ def check_coco(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
             kind = dataset.get('type')
             kind = DATASETS.get(kind) if isinstance(kind, str) else kind
             if kind and issubclass(kind, CocoDataset):
-                classes = dataset.get('metainfo', {}).get('classes') or kind.METAINFO['classes']
-                path = join(dataset.get('data_root') or '', dataset.ann_file)
+                metainfo = dataset.get('metainfo') or kind.METAINFO
+                classes = metainfo.get('classes') or kind.METAINFO['classes']
+                path = join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
                 _check_classes(field, list(classes), path)
                 _check_heads(field, len(classes), cfg.model)
         evaluator = loader.replace('dataloader', 'evaluator')
@@ -44,7 +45,7 @@ def check_coco(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
 
 
 def _check_classes(field: str, classes: list[str], path: str) -> None:
-    if not exists(path):  # in a remote store
+    if not isfile(path):  # in a remote store; check_data tells of one that is missing
         return
     names = _category_names(path)
     found = [name for name in names if name in classes]
@@ -94,9 +95,9 @@ def _heads(model: dict, place: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_evaluator(field: str, evaluators: dict | list | None) -> None:
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators or {}]:
+    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators or {}]:
         path = evaluator.get('ann_file')
-        if path and '://' not in path and not evaluator.get('backend_args') and not exists(path):
+        if path and '://' not in path and not evaluator.get('backend_args') and not isfile(path):
             raise FileNotFoundError(
                 f'{field}.ann_file = {path!r} does not exist. Set it in the config or with '
                 f'--cfg-options {field}.ann_file=PATH.'

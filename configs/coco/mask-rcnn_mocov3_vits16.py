@@ -1,0 +1,8 @@
+# Mask R-CNN, 1x, on a frozen ViT-S/16 pretrained by mocov3_vits16.py.
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '_base_/frozen_vits16.py']
+
+model = dict(
+    backbone=dict(_delete_=True, **_base_.backbone),
+    neck=dict(_delete_=True, **_base_.neck),
+)
+optim_wrapper = dict(_delete_=True, **_base_.adamw)
