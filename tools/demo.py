@@ -265,7 +265,7 @@ def make_table(results: dict[str, list[dict]]) -> str:
         for key, (_, form) in COLUMNS.items():
             values = [run[key] for run in runs]
             cell = format(statistics.mean(values), form)
-            if len(set(values)) > 1:
+            if len({str(value) for value in values}) > 1:
                 cell += f' ± {format(statistics.stdev(values), form)}'
             cells.append(cell.replace('nan', '-'))
         lines.append([arm, *cells])
