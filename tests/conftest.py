@@ -5,6 +5,7 @@ import pytest
 import skimage.data
 import torch
 from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
 from PIL import Image
 
 
@@ -13,6 +14,12 @@ def quiet():
     """No log line per initialized parameter, and one thread, the fastest for tiny tensors."""
     MMLogger.get_current_instance().setLevel('WARNING')
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def scope_of_mmpretrain():
+    """Names such as DINO mean MMPretrain's, whatever scope an earlier test has left."""
+    init_default_scope('mmpretrain')
 
 
 @pytest.fixture(scope='session')
