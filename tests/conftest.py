@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
 from PIL import Image
 
@@ -17,9 +17,10 @@ def quiet():
 
 
 @pytest.fixture(autouse=True)
-def scope_of_mmpretrain():
-    """Names such as DINO mean MMPretrain's, whatever scope an earlier test has left."""
+def as_if_no_runner_had_been():
+    """Take back what the Runner of an earlier test has left: its scope and its epoch."""
     init_default_scope('mmpretrain')
+    MessageHub.get_current_instance().runtime_info.pop('epoch', None)
 
 
 @pytest.fixture(scope='session')
