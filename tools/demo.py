@@ -18,18 +18,19 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.runner import set_random_seed
 from mmpretrain.registry import DATASETS, MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ser_mm.datasets import BundledPhotos
 from ser_mm.evaluation import (
+    build_backbone,
+    build_loader,
     equivariance_score,
     extract_features,
     knn_probe,
@@ -187,41 +188,13 @@ def watch(arms: dict[str, Config], processes: dict[str, subprocess.Popen]) -> No
         print(f'[{elapsed:4.0f} s] {progress} steps, {eta}', flush=True)
 
 
-def build_backbone(cfg: Config, seed: int, checkpoint: str | None, **kwargs) -> nn.Module:
-    """The backbone of a run in eval mode, from its checkpoint or untrained."""
-    backbone = dict((cfg.model.get('algorithm') or cfg.model).backbone, **kwargs)
-    if checkpoint:
-        backbone['init_cfg'] = dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')
-    set_random_seed(seed)
-    network = MODELS.build(backbone)
-    network.init_weights()
-    network.to(get_device()).train(False)
-    return network
-
-
 def build_token_map(
     cfg: Config, seed: int, checkpoint: str | None, layer: int
 ) -> Callable[[Tensor], Tensor]:
     """The network up to its token map after block ``layer``."""
-    network = build_backbone(cfg, seed, checkpoint, out_type='featmap', out_indices=[layer - 1])
+    set_random_seed(seed)
+    network = build_backbone(cfg, checkpoint, out_type='featmap', out_indices=[layer - 1])
     return lambda images: network(images)[0]
-
-
-def load_split(cfg: Config, split: str) -> tuple[nn.Module, list[dict]]:
-    """Preprocessor and batches of the training or validation crops, without augmentation."""
-    dataset = dict(cfg.train_dataloader.dataset, split=split, pipeline=cfg.eval_pipeline)
-    loader = Runner.build_dataloader(
-        dict(
-            batch_size=256,
-            num_workers=0,
-            dataset=dataset,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='default_collate'),
-        )
-    )
-    normalization = {key: cfg.data_preprocessor[key] for key in ('mean', 'std', 'to_rgb')}
-    preprocessor = MODELS.build(dict(type='ClsDataPreprocessor', **normalization)).to(get_device())
-    return preprocessor, list(loader)
 
 
 def evaluate(cfg: Config, seed: int, checkpoint: str | None, layer: int, splits: dict) -> dict:
@@ -232,12 +205,13 @@ def evaluate(cfg: Config, seed: int, checkpoint: str | None, layer: int, splits:
         seed (int): Seed of its run.
         checkpoint (str | None): Its final checkpoint; None for the untrained network.
         layer (int): Block whose token map is scored.
-        splits (dict): What :func:`load_split` gave for 'train' and 'val'.
+        splits (dict): Preprocessor and batches of 'train' and 'val'.
 
     Returns:
         dict: A value for each of ``COLUMNS``.
     """
-    network = build_backbone(cfg, seed, checkpoint)
+    set_random_seed(seed)
+    network = build_backbone(cfg, checkpoint)
     features = [x for split in splits.values() for x in extract_features(network, *split)]
     preprocessor, batches = splits['val']
     images = torch.cat([preprocessor(batch)['inputs'] for batch in batches])[::STRIDE]
@@ -303,7 +277,8 @@ def main() -> None:
     for seed in args.seeds:
         arms = {arm: arm_config(args, arm, seed) for arm in ARMS}
         init_default_scope(arms['SER'].default_scope)
-        splits = {split: load_split(arms['SER'], split) for split in ('train', 'val')}
+        loaders = {split: build_loader(arms['SER'], split) for split in ('train', 'val')}
+        splits = {split: (pre, list(batches)) for split, (pre, batches) in loaders.items()}
         print(f'seed {seed}: pretraining {", ".join(arms)}; logs are in {out}/seed{seed}')
         train(arms)
         layer = arms['SER'].model.algorithm.backbone.ser_layer

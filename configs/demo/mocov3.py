@@ -40,6 +40,11 @@ train_dataloader = dict(
     collate_fn=dict(type='default_collate'),
     dataset=dict(type='BundledPhotos', split='train', pipeline=train_pipeline),
 )
+# What probes and the other evaluations look at.
+evaluation = dict(
+    train=dict(type='BundledPhotos', split='train', pipeline=eval_pipeline),
+    val=dict(type='BundledPhotos', split='val', pipeline=eval_pipeline),
+)
 
 norm_cfg = dict(type='BN1d')
 temperature = 0.2
