@@ -1,6 +1,7 @@
 from .backbones import SERResNet, SERVisionTransformer
 from .data_preprocessor import SERDataPreprocessor
 from .dino import DINO, DINOHead, DINONeck
+from .foreach_ema import ForeachCosineEMA
 from .heads import CrossCorrelationHead, SERHead
 from .necks import SERNeck, SimpleFPN
 from .ser_algorithm import SERAlgorithm
@@ -10,6 +11,7 @@ __all__ = [
     'DINO',
     'DINOHead',
     'DINONeck',
+    'ForeachCosineEMA',
     'SERAlgorithm',
     'SERDataPreprocessor',
     'SERHead',

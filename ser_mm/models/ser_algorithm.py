@@ -8,6 +8,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
+from ser_mm.models.foreach_ema import use_foreach_update
 from ser_mm.models.trial import try_views
 from ser_mm.views import ViewBatch
 
@@ -69,6 +70,7 @@ class SERAlgorithm(BaseModel):
         data_preprocessor.setdefault('type', 'SERDataPreprocessor')
         super().__init__(MODELS.build(data_preprocessor), init_cfg)
         self.algorithm = MODELS.build(algorithm)
+        use_foreach_update(self.algorithm)
         # The wrapped algorithm is initialized from the random state that it would have alone.
         with torch.random.fork_rng(devices=[]):
             self.ser_neck = MODELS.build(neck)

@@ -2,10 +2,12 @@ from collections import defaultdict
 
 import torch
 from mmcv.cnn.bricks import DropPath
-from mmpretrain.models import BaseSelfSupervisor, CosineEMA
+from mmpretrain.models import BaseSelfSupervisor
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
+
+from ser_mm.models.foreach_ema import ForeachCosineEMA
 
 
 @MODELS.register_module()
@@ -46,7 +48,9 @@ class DINO(BaseSelfSupervisor):
             data_preprocessor=data_preprocessor,
             init_cfg=init_cfg,
         )
-        self.teacher = CosineEMA(nn.Sequential(self.backbone, self.neck), momentum=base_momentum)
+        self.teacher = ForeachCosineEMA(
+            nn.Sequential(self.backbone, self.neck), momentum=base_momentum
+        )
         for module in self.teacher.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
