@@ -44,7 +44,7 @@ def matrices(elements: Tensor) -> Tensor:
     Returns:
         Tensor: Float matrices on the device of ``elements``, shape (N, 2, 2).
     """
-    return D4.to(elements.device)[elements]
+    return D4.to(elements.device, non_blocking=True)[elements]
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:

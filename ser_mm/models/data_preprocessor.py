@@ -22,6 +22,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         aspect_ratio (tuple[float, float]): Range of width / height, log-uniform.
             Defaults to (3 / 4, 4 / 3).
         patch_size (int): Pixels per token, the stride of the token map. Defaults to 16.
+        non_blocking (bool): Do not wait for the copy to the device. Defaults to True.
         **kwargs: Those of MMPretrain's ``SelfSupDataPreprocessor``: mean, std, to_rgb, ...
 
     Raises:
@@ -35,9 +36,10 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         scale: tuple[float, float] = (0.7, 1.3),
         aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         patch_size: int = 16,
+        non_blocking: bool = True,
         **kwargs,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(non_blocking=non_blocking, **kwargs)
         for name, bounds in dict(scale=scale, aspect_ratio=aspect_ratio).items():
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
                 raise ValueError(
@@ -70,23 +72,21 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
 
         # The record is read on the host, where it was made: the step never waits for the device.
         in_b2 = record[:, 0] >= 0
-        split = [(~in_b2).nonzero().flatten(), in_b2.nonzero().flatten()]
-        order = torch.cat(split).tolist()
+        sizes = [len(in_b2) - int(in_b2.sum()), int(in_b2.sum())]
+        order = in_b2.sort(stable=True).indices
         samples = data.get('data_samples')
-        samples = samples and [samples[i] for i in order]
-        split = self.cast_data(split)
-        parts = [view[index] for view in self.cast_data(views) for index in split]
-        data = super().forward(dict(inputs=parts, data_samples=samples), training)
+        samples = samples and [samples[i] for i in order.tolist()]
+        views, samples, order, elements = self.cast_data([views, samples, order, record[in_b2]])
+        inputs = [self._normalize(view[order]) for view in views]
+        for v, view in enumerate(inputs[: record.shape[1]]):
+            base, equi = view.split(sizes)
+            inputs[v] = ViewBatch(base, self._resize(equi), elements[:, v])
+        return dict(inputs=inputs, data_samples=samples)
 
-        pairs = list(zip(data['inputs'][::2], data['inputs'][1::2], strict=True))
-        elements = self.cast_data(record[in_b2])
-        data['inputs'] = [
-            ViewBatch(base, self._resize(equi), elements[:, view])
-            if view < record.shape[1]
-            else torch.cat([base, equi])
-            for view, (base, equi) in enumerate(pairs)
-        ]
-        return data
+    def _normalize(self, images: Tensor) -> Tensor:
+        """As the base class, which waits for the device to send it the order of channels."""
+        images = (images.flip(1) if self._channel_conversion else images).float()
+        return (images - self.mean) / self.std if self._enable_normalize else images
 
     def _check(self, views: list[Tensor], record: Tensor | None) -> None:
         if not views or record.ndim != 2 or record.dtype != torch.int64:

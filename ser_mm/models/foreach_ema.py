@@ -24,8 +24,7 @@ class ForeachCosineEMA(CosineEMA):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # `steps` as the host knows it; None where it has to ask the device: after a load.
-        self._steps_on_host: Tensor | None = self.steps.cpu().clone()
+        self._steps_on_host = self.steps.cpu().clone()  # need not be read from the device
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -34,8 +33,6 @@ class ForeachCosineEMA(CosineEMA):
         Args:
             model (nn.Module): The model whose parameters are averaged.
         """
-        if self._steps_on_host is None:
-            self._steps_on_host = self.steps.cpu().clone()
         averages, sources = self._pairs(model)
         if self._steps_on_host == 0:
             _copy(averages, sources)
@@ -67,7 +64,7 @@ class ForeachCosineEMA(CosineEMA):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._steps_on_host = None
+        self._steps_on_host = self.steps.cpu().clone()
 
 
 def use_foreach_update(model: nn.Module) -> None:

@@ -102,7 +102,7 @@ class DINOHead(BaseModule):
     @torch.no_grad()
     def _update_center(self, teacher: Tensor) -> None:
         total = teacher.sum(dim=0, dtype=self.center.dtype)
-        total_and_count = torch.cat([total, total.new_tensor([len(teacher)])])
+        total_and_count = torch.cat([total, total.new_full((1,), len(teacher))])
         all_reduce(total_and_count)
         mean = total_and_count[:-1] / total_and_count[-1]
         self.center.lerp_(mean, 1 - self.center_momentum)

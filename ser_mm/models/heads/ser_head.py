@@ -122,7 +122,11 @@ def _block_loss(
 
 
 def _gather_sizes(maps: Sequence[Tensor]) -> list[list[int]]:
-    """Number of images, then of tokens per image in each direction, of each rank."""
+    """Number of images, then of tokens per image in each direction, of each rank.
+
+    Each rank counts its images and draws its grids for itself, and the host has to know those of
+    all, so with several ranks it waits for the device here; with one it never does.
+    """
     own = [len(maps[0]), *(x.shape[-2] * x.shape[-1] for x in maps)]
     if get_world_size() == 1:
         return [own]
