@@ -23,4 +23,4 @@ model = dict(
         loss=dict(type='CrossCorrelationLoss', lambd=0.0051),
     ),
 )
-optim_wrapper = dict(clip_grad=dict(max_norm=0.3))
+optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=0.3))
