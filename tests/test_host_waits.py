@@ -64,3 +64,16 @@ def test_the_meta_device_does_notice(monkeypatch):
     for read in (torch.nonzero, lambda x: x[x > 0], torch.Tensor.tolist, torch.Tensor.cpu):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read(x)
+
+
+def test_photometry_on_the_device_does_not_wait_either(monkeypatch):
+    config = copy.deepcopy(ALGORITHMS['byol'])
+    jitter = dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    photometry = [
+        dict(type='RandomApply', transforms=[jitter], prob=0.8),
+        dict(type='RandomGrayscale', prob=0.5, keep_channels=True),
+        dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf', prob=0.5),
+        dict(type='Solarize', thr=128, prob=0.5),
+    ]
+    config['data_preprocessor'].update(photometry=[photometry, photometry])
+    assert step_on_meta(config, monkeypatch) == []

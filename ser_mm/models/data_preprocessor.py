@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +7,7 @@ from mmpretrain.models import SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
+from ser_mm.models.photometry import Photometry
 from ser_mm.views import ViewBatch
 
 
@@ -22,13 +24,17 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         aspect_ratio (tuple[float, float]): Range of width / height, log-uniform.
             Defaults to (3 / 4, 4 / 3).
         patch_size (int): Pixels per token, the stride of the token map. Defaults to 16.
+        photometry (Sequence[list[dict]], optional): For each view, photometric transforms to run
+            on the device instead of in the pipeline, as configured there, see
+            :class:`~ser_mm.models.photometry.Photometry`. Defaults to None.
         non_blocking (bool): Do not wait for the copy to the device. Defaults to True.
         **kwargs: Those of MMPretrain's ``SelfSupDataPreprocessor``: mean, std, to_rgb, ...
 
     Raises:
-        ValueError: If a range is reversed or not positive, ``patch_size`` is not positive, or, at
-            the first batch, the geometry records are missing or the image size is no multiple
-            of ``patch_size``.
+        ValueError: If a range is reversed or not positive, ``patch_size`` is not positive,
+            ``photometry`` has other transforms or comes without ``to_rgb``, or, at the first
+            batch, it does not fit the number of views, the geometry records are missing or the
+            image size is no multiple of ``patch_size``.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         scale: tuple[float, float] = (0.7, 1.3),
         aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         patch_size: int = 16,
+        photometry: Sequence[list[dict]] | None = None,
         non_blocking: bool = True,
         **kwargs,
     ) -> None:
@@ -50,7 +57,13 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
             raise ValueError(f'SERDataPreprocessor: patch_size={patch_size} must be positive.')
         self.scale = tuple(scale)
         self.aspect_ratio = tuple(aspect_ratio)
+        if photometry and not self._channel_conversion:
+            raise ValueError(
+                'SERDataPreprocessor: photometry works on RGB images; set to_rgb=True, as '
+                'pipelines load them in BGR order.'
+            )
         self.patch_size = patch_size
+        self.photometry = photometry and [Photometry(transforms) for transforms in photometry]
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Make the containers that the base algorithm takes for its views.
@@ -77,15 +90,20 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         samples = data.get('data_samples')
         samples = samples and [samples[i] for i in order.tolist()]
         views, samples, order, elements = self.cast_data([views, samples, order, record[in_b2]])
-        inputs = [self._normalize(view[order]) for view in views]
+        photometry = self.photometry or [None] * len(views)
+        inputs = [
+            self._normalize(view[order], change)
+            for view, change in zip(views, photometry, strict=True)
+        ]
         for v, view in enumerate(inputs[: record.shape[1]]):
             base, equi = view.split(sizes)
             inputs[v] = ViewBatch(base, self._resize(equi), elements[:, v])
         return dict(inputs=inputs, data_samples=samples)
 
-    def _normalize(self, images: Tensor) -> Tensor:
-        """As the base class, which waits for the device to send it the order of channels."""
+    def _normalize(self, images: Tensor, photometry: Photometry | None) -> Tensor:
+        """As the base class, but without sending the device a list, the order of the channels."""
         images = (images.flip(1) if self._channel_conversion else images).float()
+        images = photometry(images) if photometry else images
         return (images - self.mean) / self.std if self._enable_normalize else images
 
     def _check(self, views: list[Tensor], record: Tensor | None) -> None:
@@ -95,6 +113,11 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
                 f'`inputs` is {tuple(record.shape)} {record.dtype}, not the (B, views) int64 table '
                 'that EquivariantViewPipeline adds. Let EquivariantViewPipeline make the views, '
                 'right before PackInputs, and collate with default_collate.'
+            )
+        if self.photometry and len(self.photometry) != len(views):
+            raise ValueError(
+                f'SERDataPreprocessor: photometry has {len(self.photometry)} lists, but a batch '
+                f'{len(views)} views; give one list per view, [] for one without.'
             )
         height, width = views[0].shape[-2:]
         if height % self.patch_size or width % self.patch_size:
