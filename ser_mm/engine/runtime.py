@@ -157,13 +157,9 @@ def check_data(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
     Raises:
         FileNotFoundError: Naming the field, its value and the remedy.
     """
-    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-        for name in dataloaders:
-            for field, dataset in walk_datasets(name, cfg.get(name) or {}):
-                kind = dataset.get('type')
-                kind = registry.get(kind) if isinstance(kind, str) else kind
-                if kind is not None:
-                    _check_dataset(field, dataset, kind)
+    for name in dataloaders:
+        for field, dataset in walk_datasets(name, cfg.get(name) or {}):
+            check_dataset(field, dataset, cfg.get('default_scope'))
 
 
 def walk_datasets(field: str, cfg: dict) -> Iterator[tuple[str, dict]]:
@@ -176,8 +172,22 @@ def walk_datasets(field: str, cfg: dict) -> Iterator[tuple[str, dict]]:
             yield from walk_datasets(f'{field}.{name}', dataset)
 
 
-def _check_dataset(field: str, dataset: dict, kind: type) -> None:
-    """Check the paths of one data set, as far as its class gives them the usual meaning."""
+def check_dataset(field: str, dataset: dict, scope: str | None = None) -> None:
+    """Check the paths of one data set, as far as its class gives them the usual meaning.
+
+    Args:
+        field (str): Its place in the config.
+        dataset (dict): Its config.
+        scope (str, optional): Default scope of the config. Defaults to None.
+
+    Raises:
+        FileNotFoundError: Naming the field, its value and the remedy.
+    """
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = dataset.get('type')
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+    if kind is None:
+        return
     root = dataset.get('data_root') or ''
     # Some data sets make their folder, or download themselves; others live in a remote store.
     if issubclass(kind, BundledPhotos) or 'download' in inspect.signature(kind).parameters:

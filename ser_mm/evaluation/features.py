@@ -1,7 +1,68 @@
-from collections.abc import Callable, Iterable
+"""Features of a data set by a frozen network, extracted once on all ranks and kept on disk."""
 
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from pathlib import Path
+
+import mmengine.fileio
+import numpy as np
 import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, broadcast_object_list, get_dist_info
+from mmengine.utils import track_iter_progress
+from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+
+from .networks import build_backbone, build_loader
+
+
+class Embedder(nn.Module):
+    """A backbone and what turns its outputs into one vector per image.
+
+    With ``blocks=1`` the vector is the last output: a [CLS] token, or a map averaged over its
+    places. With more, the [CLS] tokens of the last blocks of a ViT side by side, each through the
+    final norm, which is DINO's protocol for the linear probe.
+
+    Args:
+        cfg (Config): Config of a run, see :func:`~ser_mm.evaluation.build_backbone`.
+        checkpoint (str, optional): Its weights. Defaults to None: untrained.
+        blocks (int): Last blocks to take. Defaults to 1.
+
+    Raises:
+        ValueError: If ``blocks`` is not in the network, or an output is no vector and no map.
+    """
+
+    def __init__(self, cfg: Config, checkpoint: str | None = None, blocks: int = 1) -> None:
+        super().__init__()
+        last = dict(out_type='cls_token', out_indices=list(range(-blocks, 0)))
+        model = cfg.model.get('algorithm') or cfg.model
+        kind = MODELS.get(model.get('backbone', {}).get('type', ''))
+        if blocks < 1 or (blocks > 1 and not (kind and issubclass(kind, VisionTransformer))):
+            raise ValueError(
+                f'blocks={blocks}: the last blocks can be joined for a ViT only, and this is '
+                f'{kind and kind.__name__}; use blocks=1.'
+            )
+        self.backbone = build_backbone(cfg, checkpoint, **(last if blocks > 1 else {}))
+        self.blocks = blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images (N, 3, H, W) as vectors (N, C)."""
+        outputs = self.backbone(images)
+        outputs = outputs[-self.blocks :] if isinstance(outputs, (tuple, list)) else [outputs]
+        if self.blocks > 1 and self.backbone.final_norm:
+            outputs = [*(self.backbone.ln1(x) for x in outputs[:-1]), outputs[-1]]
+        vectors = [x.mean(dim=(2, 3)) if x.ndim == 4 else x for x in outputs]
+        if vectors[-1].ndim != 2:
+            raise ValueError(
+                f'The backbone gives {tuple(vectors[-1].shape)} for {len(images)} images, not a '
+                "vector or a map for each; set --cfg-options model.backbone.out_type='cls_token' "
+                '(model.algorithm.backbone... with SERAlgorithm).'
+            )
+        return torch.cat(vectors, dim=1)
 
 
 @torch.no_grad()
@@ -20,22 +81,142 @@ def extract_features(
         preprocessor (Callable): Makes a batch the network's input, on the network's device, e.g.
             MMPretrain's ``ClsDataPreprocessor``.
         batches (Iterable[dict]): Collated batches with ``inputs`` and labelled ``data_samples``, as
-            a data loader of MMPretrain gives them.
+            a data loader of MMPretrain gives them. ``inputs`` of sequences are (N, T, 3, H, W).
 
     Returns:
-        tuple: Features, shape (N, C) or (N, C, h, w), and labels, shape (N,), both on the CPU.
+        tuple: Features, shape (N, C) or (N, C, h, w), of sequences (N, T, ...), and labels, shape
+        (N,), both on the CPU.
     """
     training = backbone.training
     backbone.eval()
     features, labels = [], []
     try:
         for batch in batches:
+            sequences = batch['inputs'].shape[:2] if batch['inputs'].ndim == 5 else None
+            if sequences:
+                batch = dict(batch, inputs=batch['inputs'].flatten(0, 1))
             batch = preprocessor(batch)
             outputs = backbone(batch['inputs'])
             if isinstance(outputs, (tuple, list)):
                 outputs = torch.cat(outputs, dim=1)
-            features.append(outputs.cpu())
+            features.append(outputs.unflatten(0, sequences).cpu() if sequences else outputs.cpu())
             labels += [int(sample.gt_label) for sample in batch['data_samples']]
     finally:
         backbone.train(training)
     return torch.cat(features), torch.tensor(labels)
+
+
+def load_features(
+    cfg: Config,
+    checkpoint: str,
+    split: str,
+    cache_dir: str | Path,
+    blocks: int = 1,
+    head: nn.Linear | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of a split, from the cache or else extracted on all ranks.
+
+    The name of the file in the cache changes with whatever the features depend on: the content of
+    the checkpoint, the backbone's config, ``blocks``, ``head``, the normalization, the config of
+    the data set with its transforms, and its files by name, size and label. The file gets its
+    name when it is complete. Several machines have to share the folder.
+
+    Args:
+        cfg (Config): Config of a run, with ``evaluation[split]``.
+        checkpoint (str): Path or URL of its weights.
+        split (str): Key of ``cfg.evaluation``.
+        cache_dir (str | Path): Folder of the cache.
+        blocks (int): Last blocks whose [CLS] tokens make a feature. Defaults to 1.
+        head (nn.Linear, optional): Keep the class that it gives each feature, instead of the
+            feature. Defaults to None.
+        batch_size (int): Images per batch of a rank. Defaults to 256.
+        num_workers (int): Processes of a rank that read images. Defaults to 0.
+
+    Returns:
+        tuple: Features (N, C), or classes (N,), and labels (N,), on the CPU. Of sequences of T
+        frames, (N, T, C) or (N, T).
+
+    Raises:
+        ValueError: If the config, the checkpoint and ``blocks`` do not go together.
+    """
+    preprocessor, loader = build_loader(cfg, split, batch_size, num_workers)
+    rank, world_size = get_dist_info()
+    found = [None, None]
+    if rank == 0:
+        key = _key(cfg, checkpoint, split, loader.dataset, preprocessor, blocks, head)
+        path = Path(cache_dir, f'{split.replace("/", "-")}-{key}.npz')
+        found = [path, path.exists()]
+    broadcast_object_list(found)
+    path, cached = found
+    if not cached:
+        network = Embedder(cfg, checkpoint, blocks)
+        if head is not None:
+            network = nn.Sequential(network, head, _Argmax())
+        batches = track_iter_progress((loader, len(loader))) if rank == 0 else loader
+        _save(_part(path, rank), *extract_features(network, preprocessor, batches))
+        barrier()
+        if rank == 0:
+            _join(path, world_size)
+        barrier()
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays['features']), torch.from_numpy(arrays['labels'])
+
+
+class _Argmax(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=1)
+
+
+def _key(
+    cfg: Config,
+    checkpoint: str,
+    split: str,
+    dataset: torch.utils.data.Dataset,
+    preprocessor: nn.Module,
+    blocks: int,
+    head: nn.Linear | None,
+) -> str:
+    """A name for all that features depend on."""
+    digest = hashlib.sha256(mmengine.fileio.get(checkpoint))
+    model = cfg.model.get('algorithm') or cfg.model
+    pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
+    settings = [model.get('backbone'), cfg.evaluation[split], pixels, blocks]
+    digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+    if head is not None:
+        for values in head.parameters():
+            digest.update(values.detach().cpu().numpy().tobytes())
+    for i in range(len(dataset)):
+        info = deepcopy(dataset.get_data_info(i))
+        file = info.get('img_path')
+        size = os.path.getsize(file) if file and os.path.exists(file) else None
+        digest.update(f'{file} {size} {info.get("gt_label")}\n'.encode())
+    return digest.hexdigest()[:20]
+
+
+def _part(path: Path, rank: int) -> Path:
+    return path.with_suffix(f'.part{rank}.npz')
+
+
+def _save(path: Path, features: Tensor, labels: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('wb') as file:
+        np.savez(file, features=features.numpy(), labels=labels.numpy())
+
+
+def _join(path: Path, world_size: int) -> None:
+    """Put what the ranks wrote, each every ``world_size``-th image, into one file."""
+    parts = [_part(path, rank) for rank in range(world_size)]
+    if world_size > 1:
+        arrays = [dict(np.load(part)) for part in parts]
+        whole = {}
+        for name in ('features', 'labels'):
+            shares = [array[name] for array in arrays]
+            whole[name] = np.empty((sum(map(len, shares)), *shares[0].shape[1:]), shares[0].dtype)
+            for rank, share in enumerate(shares):
+                whole[name][rank::world_size] = share
+        _save(parts[0], **{name: torch.from_numpy(array) for name, array in whole.items()})
+    parts[0].replace(path)
+    for part in parts[1:]:
+        part.unlink()

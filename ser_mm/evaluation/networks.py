@@ -50,7 +50,8 @@ def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> n
     else:
         held = any(name.startswith('backbone.') for name in read_weights(checkpoint))
         load_backbone(backbone, checkpoint, prefix='backbone.' if held else None)
-    return backbone.to(get_device()).eval()
+    backbone.to(get_device()).train(False)  # returns None in some of MMPretrain's backbones
+    return backbone
 
 
 def build_loader(

@@ -1,0 +1,165 @@
+"""What the evaluation tools have in common: arguments, start, tables and files of results."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+from mmengine.config import Config, DictAction
+from mmengine.dist import init_dist, is_main_process
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from ser_mm.engine.runtime import (
+    check_dataset,
+    close_process_group,
+    get_local_rank,
+    init_cpu_process_group,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the arguments that all evaluations of features take.
+
+    Args:
+        parser (argparse.ArgumentParser): Has those of the tool already.
+        out (str): Default folder of the results.
+    """
+    parser.add_argument('--out', type=Path, default=Path(out), help=f'results (default: {out})')
+    parser.add_argument(
+        '--blocks',
+        type=int,
+        default=1,
+        help='last blocks whose [CLS] tokens make a feature: 1 as in MoCo v3 (default), 4 as in '
+        'DINO; of a network without [CLS], the last map is averaged',
+    )
+    parser.add_argument(
+        '--cache-dir',
+        type=Path,
+        default=Path('work_dirs/features'),
+        help='features that are extracted already (default: %(default)s)',
+    )
+    parser.add_argument('--batch-size', type=int, default=256, help='images per process')
+    parser.add_argument('--num-workers', type=int, default=0, help='processes that read images')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override fields of the config, e.g. evaluation.val.data_root=PATH',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help='set by launcher')
+
+
+def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val')) -> Config:
+    """Load and check the config, and join the other processes.
+
+    Args:
+        args (argparse.Namespace): With ``config`` and what :func:`add_arguments` adds.
+        splits (Sequence[str]): Keys of ``evaluation`` that will be used.
+
+    Returns:
+        Config: With the options of the command line.
+
+    Raises:
+        FileNotFoundError: If data is missing.
+        ValueError: If the class folders of the splits are not the same.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    MMLogger.get_current_instance().setLevel('WARNING')
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    scope = cfg.get('default_scope') or 'mmpretrain'
+    init_default_scope(scope)
+    if get_local_rank(args.launcher) == 0:
+        datasets = {split: (cfg.get('evaluation') or {}).get(split) for split in splits}
+        for split, dataset in datasets.items():
+            if dataset:
+                check_dataset(f'evaluation.{split}', dataset, scope)
+        check_classes({f'evaluation.{split}': dataset for split, dataset in datasets.items()})
+    if args.launcher != 'none' and not init_cpu_process_group(args.launcher):
+        init_dist(args.launcher)
+    return cfg
+
+
+def check_classes(datasets: dict[str, dict | None]) -> None:
+    """Check that the class folders of data sets are the same, as their order numbers the classes.
+
+    Args:
+        datasets (dict[str, dict | None]): Configs by their place in the config. Those without
+            folders are passed over.
+
+    Raises:
+        ValueError: Naming a folder that is missing.
+    """
+    first = None
+    for field, dataset in datasets.items():
+        if not dataset or dataset.get('ann_file'):
+            continue
+        prefix = dataset.get('data_prefix') or ''
+        prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
+        folder = Path(dataset.get('data_root') or '', prefix)
+        if not prefix or not folder.is_dir():
+            continue
+        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        first = first or (field, folder, names)
+        odd = sorted(names ^ first[2])
+        if odd:
+            raise ValueError(
+                f'{field} ({folder}) and {first[0]} ({first[1]}) have different classes: '
+                f'{odd[0]} and {len(odd) - 1} more are in one only; use folders with the same.'
+            )
+
+
+def feature_options(args: argparse.Namespace) -> dict:
+    """What the command line says to :func:`~ser_mm.evaluation.load_features`."""
+    names = ('cache_dir', 'blocks', 'batch_size', 'num_workers')
+    return {name: getattr(args, name) for name in names}
+
+
+def make_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table: the first column to the left, the others to the right.
+
+    Args:
+        header (Sequence[str]): Titles of the columns.
+        rows (Sequence[Sequence]): Cells; a float is shown with three decimals.
+    """
+    lines = [[f'{x:.3f}' if isinstance(x, float) else str(x) for x in row] for row in rows]
+    lines = [list(header), *lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])
+    return '\n'.join(
+        '| ' + ' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + ' |'
+        for line in lines
+    )
+
+
+def write_results(out: Path, name: str, results: dict, text: str) -> None:
+    """Write ``results`` as ``name``.json and ``text`` as ``name``.md, and print the text."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f'{name}.json').write_text(json.dumps(results, indent=1, default=str) + '\n')
+    (out / f'{name}.md').write_text(f'{text}\n')
+    print(f'\n{text}\n\nResults are in {out / name}.json and .md.')
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool; what is wrong with its input becomes one sentence.
+
+    Args:
+        main (Callable): The tool.
+    """
+    try:
+        main()
+    except (OSError, ValueError, UnpicklingError) as error:
+        sys.exit(f'error: {error}' if is_main_process() else 1)
+    close_process_group()
