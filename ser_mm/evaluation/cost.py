@@ -1,16 +1,60 @@
-"""Counts of what a computation does, which do not depend on the machine."""
+"""What a training step costs: counts that no machine changes, and, where it can run, its time."""
 
+import math
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+from mmcv.transforms import Compose, LoadImageFromFile
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from ser_mm.datasets.transforms import EquivariantViewPipeline
+from ser_mm.datasets.transforms.equivariant_view_pipeline import NOT_IN_B2
+from ser_mm.engine.runtime import adapt_to_device
+from ser_mm.geometry import NUM_ELEMENTS
+from ser_mm.views import ViewBatch
 
 # Operators that only describe a tensor anew, and launch nothing.
 _METADATA = set(
-    'alias as_strided detach diagonal empty empty_like empty_strided expand lift_fresh new_empty '
-    'new_empty_strided permute select slice split split_with_sizes squeeze t transpose unbind '
-    'unfold unsqueeze view _reshape_alias _unsafe_view'.split()
+    'alias as_strided detach device diagonal empty empty_like empty_strided expand lift_fresh '
+    'new_empty new_empty_strided permute select slice split split_with_sizes squeeze t transpose '
+    'unbind unfold unsqueeze view _reshape_alias _unsafe_view'.split()
 )
+
+
+def _count_attention_on_cpu() -> None:
+    """Let torch's counter know the CPU's attention, as it knows the GPU's kernels of the same."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if forward not in flop_registry:
+        register_flop_formula(forward)(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v))
+    if backward not in flop_registry:
+        register_flop_formula(backward)(
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        )
+
+
+_count_attention_on_cpu()
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -37,3 +81,172 @@ class OperatorCounter(TorchDispatchMode):
         if name not in _METADATA:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
+    """Count what one training step of a config does, without doing it.
+
+    The step is the forward pass of all branches, the losses and the backward pass, on views of
+    the size that ``train_dataloader.dataset.pipeline`` makes. It runs on tensors that have shapes
+    but no memory, so only the parameters are allocated. FLOPs are torch's count: two for each
+    multiplication with addition in matrix products, convolutions and attention (whose kernels
+    compute the scores again in the backward pass); norms, activations, interpolation, optimizer
+    and moving average count nothing. Operators are those in float32.
+
+    With SER, ``equi_ratio * batch_size`` images are in b2. Where that is no whole number, the
+    counts of the two next to it are weighed. Both views of b2 are on the grid of the mean area
+    and aspect, that of b1.
+
+    Args:
+        cfg (Config): Config of a run.
+        batch_size (int): Images, b1 and b2 together. Defaults to 256.
+
+    Returns:
+        dict[str, Any]: ``flops`` and ``operators`` of a step; ``parameters`` and those
+        ``trainable``; ``views``, their sizes in pixels; ``b2``, the images in it; and, with SER,
+        ``parts``, the FLOPs of: the wrapped algorithm if all images were in b1; what changes when
+        some are in b2; SERNeck and rho; the SER loss.
+
+    Raises:
+        ValueError: If the batch is empty, or the pipeline does not make views of an image.
+    """
+    if batch_size < 1:
+        raise ValueError(f'count_step: batch_size={batch_size} must be positive.')
+    views, ratio = _views(cfg)
+    model = MODELS.build(deepcopy(cfg.model)).train()
+    for module in model.modules():
+        if hasattr(module, 'update_parameters'):
+            module.update_parameters = lambda model: None  # it looks at how often it was called
+    with_ser = hasattr(model, 'ser_head')
+    b2 = ratio * batch_size if with_ser else 0.0
+    low = math.floor(b2)
+    weights = {low: low + 1 - b2, low + 1: b2 - low} if b2 > low else {low: 1.0}
+
+    def count() -> dict[str, float]:
+        total = Counter()
+        for size, weight in weights.items():
+            counted = _count(model, partial(_empty_views, views, batch_size, size, with_ser))
+            total.update({key: weight * value for key, value in counted.items()})
+        return total
+
+    whole = count()
+    parts = {}
+    if with_ser:
+        # One thing after the other is left out, and what remains is counted again.
+        model.ser_head.loss = lambda queries, keys: sum(x.sum() for x in queries)
+        with_neck = count()['flops']
+        model.loss = model.algorithm.loss
+        network = count()['flops']
+        weights = {0: 1.0}
+        without_b2 = count()['flops']
+        parts = dict(
+            without_b2=without_b2,
+            b2=network - without_b2,
+            neck=with_neck - network,
+            loss=whole['flops'] - with_neck,
+        )
+    return dict(
+        flops=round(whole['flops']),
+        operators=round(whole['operators']),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        views=views,
+        b2=b2,
+        parts={key: round(value) for key, value in parts.items()},
+    )
+
+
+def _views(cfg: Config) -> tuple[list[tuple[int, int]], float]:
+    """Height and width of each view of an image, and the share of images in b2."""
+    pipeline = Compose(deepcopy(cfg.train_dataloader.dataset.pipeline))
+    ratio = 0.0
+    for transform in pipeline.transforms:
+        if isinstance(transform, EquivariantViewPipeline):
+            ratio, transform.equi_ratio = transform.equi_ratio, 0.0  # see the views of b1
+    pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, LoadImageFromFile)]
+    image = np.zeros((256, 256, 3), np.uint8)
+    inputs = pipeline(dict(img=image, img_shape=image.shape[:2]))['inputs']
+    if not isinstance(inputs, (list, tuple)):
+        raise ValueError(
+            'train_dataloader.dataset.pipeline makes one input of an image; the cost of a step is '
+            'counted for algorithms that learn from several views of it.'
+        )
+    return [tuple(view.shape[-2:]) for view in inputs if view.ndim == 3], ratio
+
+
+def _empty_views(
+    views: Sequence[tuple[int, int]], batch_size: int, b2: int, with_ser: bool
+) -> list[Tensor | ViewBatch]:
+    """What the preprocessor hands to the algorithm."""
+    inputs = []
+    for index, (height, width) in enumerate(views):
+        base, equi = (torch.empty(n, 3, height, width) for n in (batch_size - b2, b2))
+        if with_ser and index < 2:
+            inputs.append(ViewBatch(base, equi, torch.zeros(b2, dtype=torch.long)))
+        else:
+            inputs.append(torch.empty(batch_size, 3, height, width))
+    return inputs
+
+
+def _count(model: nn.Module, inputs: Callable[[], list]) -> dict[str, int]:
+    """FLOPs and operators of forward, loss and backward."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {
+            name: torch.empty_like(x).requires_grad_(x.requires_grad)
+            for name, x in [*model.named_parameters(), *model.named_buffers()]
+        }
+        views = inputs()
+        with FlopCounterMode(display=False) as flops, OperatorCounter() as operators:
+            losses = functional_call(model, state, (views, None), dict(mode='loss'))
+            model.parse_losses(losses)[0].backward()
+    return dict(flops=flops.get_total_flops(), operators=operators.counts.total())
+
+
+class TrainingStep:
+    """Real training steps of a config on one batch of random images.
+
+    The step is that of MMEngine: preprocessing, forward, backward, optimizer and moving average.
+
+    Args:
+        cfg (Config): Config of a run.
+        batch_size (int): Images, b1 and b2 together; of b2, ``equi_ratio * batch_size``, rounded.
+
+    Attributes:
+        seconds (list[float]): Time of each call.
+        memory (int | None): Bytes that the last call allocated beyond what was there before, at
+            most at one time: activations and gradients. None without a GPU.
+    """
+
+    def __init__(self, cfg: Config, batch_size: int) -> None:
+        cfg = deepcopy(cfg)
+        adapt_to_device(cfg)
+        views, ratio = _views(cfg)
+        self.model = MODELS.build(cfg.model)
+        self.model.init_weights()
+        self.model.to(get_device()).train()
+        self.optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
+        MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0, max_iters=10000))
+        inputs = [torch.randint(256, (batch_size, 3, *view), dtype=torch.uint8) for view in views]
+        if hasattr(self.model, 'ser_head'):
+            record = torch.full((batch_size, 2), NOT_IN_B2)
+            in_b2 = round(ratio * batch_size)
+            record[batch_size - in_b2 :] = torch.randint(NUM_ELEMENTS, (in_b2, 2))
+            inputs.append(record)
+        self.batch = dict(inputs=inputs, data_samples=None)
+        self.seconds: list[float] = []
+        self.memory: int | None = None
+
+    def __call__(self) -> None:
+        """Train for one step."""
+        torch.manual_seed(0)  # the same grids of b2 in every step
+        cuda = get_device() == 'cuda'
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        self.model.train_step(self.batch, self.optim_wrapper)
+        if cuda:
+            torch.cuda.synchronize()
+            self.memory = torch.cuda.max_memory_allocated() - before
+        self.seconds.append(time.perf_counter() - start)
