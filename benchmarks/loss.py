@@ -115,6 +115,8 @@ def plot(rows: dict[str, dict], path: Path) -> None:
             ]
             axis.loglog(*zip(*points, strict=True), marker='o', label=name)
         axis.set(xlabel='tokens', ylabel=label)
+        axis.set_xticks(list(rows), [f'{tokens:,}' for tokens in rows])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=150)

@@ -82,7 +82,8 @@ class Variant:
         self.optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
         side = self._image_size()
         size = args.batch_size
-        views = [torch.randint(256, (size, 3, side, side), dtype=torch.uint8) for _ in range(2)]
+        shape, pinned = (size, 3, side, side), torch.device(args.device).type == 'cuda'
+        views = [torch.randint(256, shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         record = torch.full((size, 2), -1)
         in_b2 = round(args.equi_ratio * size)
         record[size - in_b2 :] = torch.randint(8, (in_b2, 2))

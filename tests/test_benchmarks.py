@@ -1,0 +1,39 @@
+"""Each benchmark runs to its end, at sizes that measure nothing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_configs import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def run(name, *args, check=True):
+    command = [sys.executable, ROOT / 'benchmarks' / name, *map(str, args)]
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    return subprocess.run(command, cwd=ROOT, env=env, check=check, text=True, capture_output=True)
+
+
+def test_loss(tmp_path):
+    out = tmp_path / 'loss.json'
+    table = run('loss.py', '--tokens', 128, 256, '--repeats', 1, '--channels', 16, '--out', out)
+    result = json.loads(out.read_text())
+    assert result['about']['device'] and '| 256 |' in table.stdout
+    assert out.with_suffix('.png').stat().st_size > 1000
+    for row in result['variants'].values():
+        assert row['SERHead']['loss'] == pytest.approx(row['direct']['loss'], rel=1e-5)
+
+
+def test_pipeline(tmp_path):
+    out = tmp_path / 'pipeline.json'
+    run('pipeline.py', '--images', 2, '--batch-size', 2, '--repeats', 1, '--out', out)
+    rows = json.loads(out.read_text())['variants']
+    assert len(rows) == 3 and all(row['images_per_second'] > 0 for row in rows.values())
+
+
+def test_authors_without_their_release(tmp_path):
+    error = run('authors.py', tmp_path, check=False).stderr
+    assert f'{tmp_path} has no builder/moco.py' in error.splitlines()[-1]
