@@ -30,7 +30,7 @@ train_pipeline[2].scale = test_pipeline[1].scale = (160, 160)
 train_pipeline.pop(3)  # the mirror image of a digit is none
 common = dict(data_root=data_root, metainfo=dict(classes=tuple('0123456789')))
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -50,15 +50,15 @@ val_evaluator = dict(ann_file=data_root + 'val.json')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
-train_cfg = dict(max_epochs=8, val_interval=8)
+train_cfg = dict(max_epochs=6, val_interval=6)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
-        T_max=8,
+        T_max=6,
         by_epoch=True,
         begin=0,
-        end=8,
+        end=6,
         convert_to_iter_based=True,
     ),
 ]
