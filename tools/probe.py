@@ -13,16 +13,17 @@ from mmengine.dist import is_main_process
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ser_mm.evaluation import accuracy, knn_votes, load_features, select_linear_head
+from ser_mm.evaluation import accuracy, knn_votes, load_features
 from ser_mm.evaluation.command import (
     add_arguments,
+    add_probe_arguments,
     feature_options,
+    fit_head,
     load_config,
     make_table,
     run,
     write_results,
 )
-from ser_mm.evaluation.probe import LEARNING_RATES
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,19 +33,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config of the model, with `evaluation`')
     parser.add_argument('checkpoint', help='its checkpoint, or one of the backbone')
-    parser.add_argument('--epochs', type=int, default=50, help='of the linear probe (default: 50)')
-    parser.add_argument(
-        '--probe-batch', type=int, default=256, help='features per step (default: 256)'
-    )
-    parser.add_argument(
-        '--lrs',
-        type=float,
-        nargs='+',
-        default=LEARNING_RATES,
-        help='learning rates of the sweep, times --probe-batch / 256 (default: 0.001 to 10)',
-    )
     parser.add_argument('--k', type=int, nargs='+', default=[10, 20, 100], help='neighbours')
     parser.add_argument('--temperature', type=float, default=0.07, help='of their votes')
+    add_probe_arguments(parser)
     add_arguments(parser, 'work_dirs/probe')
     return parser.parse_args()
 
@@ -53,15 +44,11 @@ def main() -> None:
     """Extract, train, vote, report."""
     args = parse_args()
     cfg = load_config(args)
-    options = feature_options(args)
-    train, train_labels = load_features(cfg, args.checkpoint, 'train', **options)
-    val, val_labels = load_features(cfg, args.checkpoint, 'val', **options)
+    val, val_labels = load_features(cfg, args.checkpoint, 'val', **feature_options(args))
+    head, choice, (train, train_labels) = fit_head(cfg, args.checkpoint, args)
     if not is_main_process():
         return  # what is left needs one process
 
-    head, choice = select_linear_head(
-        train, train_labels, args.cache_dir, args.lrs, args.epochs, args.probe_batch
-    )
     results = {'linear probe': {**accuracy(head(val).detach(), val_labels), **choice}}
     votes = knn_votes(train, train_labels, val, args.k, args.temperature)
     results |= {f'{k}-NN': accuracy(votes[k], val_labels) for k in args.k}

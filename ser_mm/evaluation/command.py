@@ -9,9 +9,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from mmengine.config import Config, DictAction
-from mmengine.dist import init_dist, is_main_process
+from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from torch import Tensor, nn
 
 from ser_mm.engine.runtime import (
     check_dataset,
@@ -19,6 +20,9 @@ from ser_mm.engine.runtime import (
     get_local_rank,
     init_cpu_process_group,
 )
+
+from .features import load_features
+from .probe import LEARNING_RATES, select_linear_head
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -59,6 +63,45 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         help='what started the processes of a distributed run',
     )
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help='set by launcher')
+
+
+def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the linear probe."""
+    parser.add_argument('--epochs', type=int, default=50, help='of the linear probe (default: 50)')
+    parser.add_argument(
+        '--probe-batch', type=int, default=256, help='features per step (default: 256)'
+    )
+    parser.add_argument(
+        '--lrs',
+        type=float,
+        nargs='+',
+        default=LEARNING_RATES,
+        help='learning rates of the sweep, times --probe-batch / 256 (default: 0.001 to 10)',
+    )
+
+
+def fit_head(
+    cfg: Config, checkpoint: str, args: argparse.Namespace
+) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor]]:
+    """The linear probe that the command line asks for, the same on all ranks.
+
+    Args:
+        cfg (Config): Config of a run.
+        checkpoint (str): Its weights.
+        args (argparse.Namespace): With what :func:`add_arguments` and :func:`add_probe_arguments`
+            add.
+
+    Returns:
+        tuple: The head, its choice (see :func:`~ser_mm.evaluation.select_linear_head`), and the
+        training features and labels.
+    """
+    features, labels = load_features(cfg, checkpoint, 'train', **feature_options(args))
+    found = [None]
+    if is_main_process():
+        sweep = args.lrs, args.epochs, args.probe_batch
+        found = [select_linear_head(features, labels, args.cache_dir, *sweep)]
+    broadcast_object_list(found)
+    return *found[0], (features, labels)
 
 
 def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val')) -> Config:
@@ -160,6 +203,6 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (OSError, ValueError, UnpicklingError) as error:
+    except (ImportError, OSError, ValueError, UnpicklingError) as error:
         sys.exit(f'error: {error}' if is_main_process() else 1)
     close_process_group()

@@ -1,0 +1,199 @@
+"""ImageNet-C and ImageNet-P of a frozen backbone, under the linear head that the probe fits.
+
+Folders as published: CORRUPTION/SEVERITY/CLASS/*.JPEG and PERTURBATION/CLASS/*.mp4. Without
+ImageNet-C, the validation images are corrupted on the fly. What was measured is kept: the same
+command goes on where it was interrupted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+
+# A checkout works without being installed, and goes before another copy that is.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch import nn
+
+from ser_mm.evaluation import load_features
+from ser_mm.evaluation.command import (
+    add_arguments,
+    add_probe_arguments,
+    check_classes,
+    feature_options,
+    fit_head,
+    load_config,
+    make_table,
+    run,
+    write_results,
+)
+from ser_mm.evaluation.robustness import (
+    CORRUPTIONS,
+    PERTURBATIONS,
+    SEVERITIES,
+    corrupted,
+    corruption_errors,
+    flip_probability,
+    flip_rates,
+    perturbed,
+)
+
+FRAMES = 31  # of most sequences of ImageNet-P
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config of the model, with `evaluation`')
+    parser.add_argument('checkpoint', help='its checkpoint, or one of the backbone')
+    for name in ('c', 'p'):
+        parser.add_argument(
+            f'--imagenet-{name}',
+            type=Path,
+            help=f'folder of ImageNet-{name.upper()} (default: data/imagenet-{name}, if there)',
+        )
+    parser.add_argument(
+        '--corruptions', nargs='+', choices=CORRUPTIONS, default=CORRUPTIONS, metavar='NAME'
+    )
+    add_probe_arguments(parser)
+    add_arguments(parser, 'work_dirs/robustness')
+    args = parser.parse_args()
+    for name in ('imagenet_c', 'imagenet_p'):
+        root, default = getattr(args, name), Path('data', name.replace('_', '-'))
+        if root is None and default.is_dir():
+            setattr(args, name, default)
+        elif root is not None and not root.is_dir():
+            parser.error(f'--{name.replace("_", "-")} {root} is not a folder.')
+    return args
+
+
+def classify(cfg: Config, args: argparse.Namespace, head: nn.Linear, split: str) -> tuple:
+    """Classes that the head gives the images of a split, and their labels."""
+    options = feature_options(args)
+    if cfg.evaluation[split].type == 'SequenceFolder':
+        options['batch_size'] = max(1, args.batch_size // FRAMES)
+    return load_features(cfg, args.checkpoint, split, head=head, **options)
+
+
+def measure_corruptions(cfg: Config, args: argparse.Namespace, head: nn.Linear) -> dict:
+    """Errors by corruption and severity, and what is missing of the folders."""
+    errors, missing = {}, []
+    for corruption in args.corruptions:
+        values = []
+        for severity in SEVERITIES:
+            name = f'{corruption}/{severity}'
+            if args.imagenet_c and not (args.imagenet_c / name).is_dir():
+                missing.append(name)
+                continue
+            dataset = corrupted(cfg.evaluation.val, corruption, severity, args.imagenet_c)
+            if args.imagenet_c:
+                check_classes({'evaluation.val': cfg.evaluation.val, name: dataset})
+            cfg.evaluation[name] = dataset
+            classes, labels = classify(cfg, args, head, name)
+            values.append(float((classes != labels).double().mean()))
+            if is_main_process():
+                print(f'{name}: top-1 {1 - values[-1]:.4f}', flush=True)
+        if len(values) == len(SEVERITIES):
+            errors[corruption] = values
+    return dict(errors=errors, missing=missing)
+
+
+def measure_perturbations(cfg: Config, args: argparse.Namespace, head: nn.Linear) -> dict:
+    """Top-1 and flip probability by perturbation, and what is missing of the folders."""
+    top1, flips, missing = {}, {}, []
+    for name in PERTURBATIONS:
+        if not (args.imagenet_p / name).is_dir():
+            missing.append(name)
+            continue
+        dataset = perturbed(cfg.evaluation.val, name, args.imagenet_p)
+        check_classes({'evaluation.val': cfg.evaluation.val, name: dataset})
+        cfg.evaluation[name] = dataset
+        classes, labels = classify(cfg, args, head, name)
+        top1[name] = float((classes == labels[:, None]).double().mean())
+        flips[name] = flip_probability(classes, noise='noise' in name)
+        if is_main_process():
+            print(f'{name}: top-1 {top1[name]:.4f}, flips {flips[name]:.4f}', flush=True)
+    return dict(top1=top1, flips=flips, missing=missing)
+
+
+def report_corruptions(args: argparse.Namespace, result: dict) -> str:
+    """Table of ImageNet-C; adds the metrics to the result."""
+    errors = result['errors']
+    result['CE'] = corruption_errors(errors)
+    result['top1'] = {name: 1 - sum(v) / len(v) for name, v in errors.items()}
+    rows = [
+        [name, result['top1'][name], *(1 - value for value in values), result['CE'][name]]
+        for name, values in errors.items()
+    ]
+    if errors:
+        result['mean_top1'] = sum(result['top1'].values()) / len(errors)
+        means = [sum(row[i] for row in rows) / len(rows) for i in range(2, 7)]
+        rows.append(['mean', result['mean_top1'], *means, result['CE'].get('mCE', '-')])
+    result['source'] = (
+        f'ImageNet-C as published, from {args.imagenet_c}'
+        if args.imagenet_c
+        else 'validation images corrupted on the fly by imagecorruptions: not the published files'
+    )
+    header = ['corruption', 'top-1', *(f'severity {s}' for s in SEVERITIES), 'CE']
+    notes = [f'Source: {result["source"]}.']
+    left_out = [name for name in CORRUPTIONS if name not in errors]
+    if left_out:
+        notes.append(f'No mCE without {", ".join(left_out)}.')
+    if result['missing']:
+        notes.append(f'Folders that are missing: {", ".join(result["missing"])}.')
+    notes.append("CE: error relative to AlexNet's on ImageNet-C, their mean is mCE; on other data")
+    notes[-1] += ' it serves for comparisons only.'
+    return '\n'.join([make_table(header, rows), '', *(f'- {note}' for note in notes)])
+
+
+def report_perturbations(args: argparse.Namespace, result: dict) -> str:
+    """Table of ImageNet-P; adds the metrics to the result."""
+    top1, flips = result['top1'], result['flips']
+    result['FR'] = flip_rates(flips)
+    rows = [[name, top1[name], flips[name], result['FR'][name]] for name in flips]
+    if flips:
+        means = [sum(values.values()) / len(values) for values in (top1, flips)]
+        result |= dict(zip(('mean_top1', 'mean_flips'), means, strict=True))
+        rows.append(['mean', *means, result['FR'].get('mFR', '-')])
+    notes = [f'Source: ImageNet-P as published, from {args.imagenet_p}.']
+    if result['missing']:
+        notes.append(f'No mFR without {", ".join(result["missing"])}, which are missing.')
+    notes.append("FR: flip probability relative to AlexNet's, their mean is mFR.")
+    table = make_table(['perturbation', 'top-1', 'flip probability', 'FR'], rows)
+    return '\n'.join([table, '', *(f'- {note}' for note in notes)])
+
+
+def main() -> None:
+    """Fit the head, classify everything, report."""
+    args = parse_args()
+    cfg = load_config(args)
+    head, choice, _ = fit_head(cfg, args.checkpoint, args)
+    classes, labels = classify(cfg, args, head, 'val')
+    clean = float((classes == labels).double().mean())
+    results = dict(
+        config=args.config, checkpoint=args.checkpoint, blocks=args.blocks, head=choice, clean=clean
+    )
+    results['imagenet_c'] = measure_corruptions(cfg, args, head)
+    if args.imagenet_p:
+        results['imagenet_p'] = measure_perturbations(cfg, args, head)
+    if not is_main_process():
+        return
+
+    text = [
+        f'{args.checkpoint}: top-1 {clean:.4f} on {len(labels)} clean images, linear head on the '
+        f'last {args.blocks} block(s).',
+        report_corruptions(args, results['imagenet_c']),
+    ]
+    if args.imagenet_p:
+        text.append(report_perturbations(args, results['imagenet_p']))
+    else:
+        text.append('ImageNet-P: not measured, as data/imagenet-p is not there; see --imagenet-p.')
+    write_results(args.out, 'robustness', results, '\n\n'.join(text))
+
+
+if __name__ == '__main__':
+    run(main)
