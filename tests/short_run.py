@@ -42,7 +42,7 @@ class Record(Hook):
         self.states.append(copy.deepcopy(runner.model.state_dict()))
 
 
-def run(model, views, root, work_dir, epochs=2, resume_from=None):
+def run(model, views, root, work_dir, epochs=2, resume_from=None, hooks=(), cfg=None):
     """Train on ``root``; returns the runner and the states that it went through."""
     record = Record()
     pipeline = [dict(type='LoadImageFromFile'), views, dict(type='PackInputs')]
@@ -64,9 +64,10 @@ def run(model, views, root, work_dir, epochs=2, resume_from=None):
         default_scope='mmpretrain',
         load_from=resume_from and str(resume_from),
         resume=resume_from is not None,
-        custom_hooks=[dict(type='EpochSeedHook'), record],
+        custom_hooks=[dict(type='EpochSeedHook'), record, *hooks],
         randomness=dict(seed=3),
         log_level='WARNING',
+        cfg=cfg,
         experiment_name=str(work_dir).replace('/', '_'),
     )
     runner.train()

@@ -1,9 +1,48 @@
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from ser_mm import geometry
+from ser_mm.evaluation.networks import build_loader
+
+TRANSFORMATIONS = ('rot90', 'rot180', 'flip_lr', 'flip_ud', 'scale', 'mixture')
+"""What token maps can be scored under: elements of D4, a resize to 1.3 times the area, and both
+as drawn in training: an element for each image and a grid for each batch."""
+
+_ELEMENTS = dict(rot90=1, rot180=2, flip_lr=4, flip_ud=6, scale=0)
+
+
+class _Score:
+    """Running sums of R2 and of token retrieval."""
+
+    def __init__(self) -> None:
+        self.error = self.square = self.total = self.count = 0
+        self.hits = self.images = 0
+
+    def add(self, predicted: Tensor, target: Tensor) -> None:
+        """Take moved maps and the maps of moved images, (N, C, h, w), both float64."""
+        self.error += (predicted - target).square().sum()
+        self.square += target.square().sum()
+        self.total += target.sum(dim=(0, 2, 3))
+        self.count += target.shape[0] * target.shape[2] * target.shape[3]
+
+    def search(self, predicted: Tensor, target: Tensor) -> None:
+        """Count the tokens of moved maps that are nearest to their counterpart in the target."""
+        queries, keys = (F.normalize(x.flatten(2), dim=1) for x in (predicted, target))
+        own = torch.arange(keys.shape[2], device=keys.device)
+        for query, key in zip(queries, keys, strict=True):  # a large map squared is large
+            self.hits += ((query.T @ key).argmax(dim=1) == own).sum()
+        self.images += len(keys)
+
+    def r2(self) -> float:
+        variance = self.square - self.total.square().sum() / self.count
+        return float(1 - self.error / variance) if variance > 1e-12 * self.square else math.nan
 
 
 @torch.no_grad()
@@ -42,7 +81,7 @@ def equivariance_score(
         float: The score; nan if all tokens of all transformed images are the same.
     """
     elements = torch.as_tensor(elements, device=images.device).expand(len(images))
-    error = square = total = count = 0
+    score = _Score()
     for x, g in zip(
         images.split(batch_size), geometry.matrices(elements).split(batch_size), strict=True
     ):
@@ -51,10 +90,157 @@ def equivariance_score(
         size = grid or (height, width)
         pixels = size[0] * (x.shape[-2] // height), size[1] * (x.shape[-1] // width)
         after = token_map(geometry.act(x, g, pixels)).double()
-        predicted = geometry.act(before.double(), g, size)
-        error += (predicted - after).square().sum()
-        square += after.square().sum()
-        total += after.sum(dim=(0, 2, 3))
-        count += after.shape[0] * after.shape[2] * after.shape[3]
-    variance = square - total.square().sum() / count
-    return float(1 - error / variance) if variance > 1e-12 * square else float('nan')
+        score.add(geometry.act(before.double(), g, size), after)
+    return score.r2()
+
+
+@torch.no_grad()
+def equivariance_by_layer(
+    token_maps: Callable[[Tensor], Sequence[Tensor]],
+    batches: Iterable[Tensor],
+    transformations: Sequence[str] = TRANSFORMATIONS,
+    seed: int = 0,
+) -> dict[str, list[dict[str, float]]]:
+    r"""Score the token maps of all layers at once, in one pass over the images.
+
+    - ``r2``: how well moved maps predict the maps of moved images, see :func:`equivariance_score`.
+    - ``retrieval``: share of the tokens of :math:`\rho_g F(x)` whose nearest token of
+      :math:`F(g x)`, by cosine similarity, is the one at the same place.
+    - ``chance``: what retrieval is by guessing, 1 / tokens.
+
+    Neither depends on the scale of the features, and R2 not on a shift.
+
+    Args:
+        token_maps (Callable): Maps images (N, 3, H, W) to token maps (N, C, h, w), one per layer,
+            for any H and W that are whole numbers of the largest token. A network has to be in
+            eval mode, see :func:`token_maps_of`.
+        batches (Iterable[Tensor]): Square images, (N, 3, H, H) each.
+        transformations (Sequence[str]): Of ``TRANSFORMATIONS``, all by default. 'flip_lr'
+            exchanges left and right. The grid of 'mixture' has 0.7 to 1.3 times the area and an
+            aspect of 3 / 4 to 4 / 3.
+        seed (int): Seed of 'mixture'. Defaults to 0.
+
+    Returns:
+        dict[str, list[dict[str, float]]]: For each transformation, the scores of each layer.
+
+    Raises:
+        ValueError: If there is no such transformation, no image, or a layer gives no map.
+    """
+    unknown = sorted(set(transformations) - set(TRANSFORMATIONS))
+    if unknown:
+        raise ValueError(
+            f"equivariance_by_layer: transformations has '{unknown[0]}'; choose of "
+            f'{", ".join(TRANSFORMATIONS)}.'
+        )
+    rng = torch.Generator().manual_seed(seed)
+    scores: dict[str, list[_Score]] = {}
+    for x in batches:
+        before = token_maps(x)
+        odd = next((tuple(f.shape) for f in before if f.ndim != 4), None)
+        if odd:
+            raise ValueError(
+                f'equivariance_by_layer: a layer gives {odd}, not a token map (N, C, h, w); use a '
+                "network with maps, out_type='featmap' where it has an out_type."
+            )
+        coarsest = min((tuple(f.shape[-2:]) for f in before), key=math.prod)
+        for name in transformations:
+            elements, grid = _draw(name, len(x), coarsest, rng)
+            g = geometry.matrices(elements.to(x.device))
+            sides = zip(grid, x.shape[-2:], coarsest, strict=True)
+            after = token_maps(geometry.act(x, g, [n * (side // m) for n, side, m in sides]))
+            own = scores.setdefault(name, [_Score() for _ in after])
+            for score, f, target in zip(own, before, after, strict=True):
+                predicted = geometry.act(f.double(), g, target.shape[-2:])
+                score.add(predicted, target.double())
+                score.search(predicted, target.double())
+    if not scores:
+        raise ValueError(
+            'equivariance_by_layer: batches has no image, or transformations is empty.'
+        )
+    return {
+        name: [
+            dict(
+                r2=score.r2(),
+                retrieval=int(score.hits) / score.count,
+                chance=score.images / score.count,
+            )
+            for score in own
+        ]
+        for name, own in scores.items()
+    }
+
+
+def _draw(
+    name: str, count: int, grid: tuple[int, int], rng: torch.Generator
+) -> tuple[Tensor, tuple[int, int]]:
+    """Elements (count,) of a batch, and the grid that it is resized to."""
+    if name != 'mixture':
+        area = 1.3 if name == 'scale' else 1.0
+        elements = torch.full((count,), _ELEMENTS[name])
+        return elements, tuple(round(side * math.sqrt(area)) for side in grid)
+    u, v = torch.rand(2, generator=rng, dtype=torch.float64).tolist()
+    area, aspect = 0.7 + 0.6 * u, (4 / 3) ** (2 * v - 1)
+    elements = torch.randint(geometry.NUM_ELEMENTS, (count,), generator=rng)
+    factors = math.sqrt(area / aspect), math.sqrt(area * aspect)
+    return elements, tuple(max(round(n * f), 1) for n, f in zip(grid, factors, strict=True))
+
+
+@contextmanager
+def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Let a backbone give the token map after every block, and leave it as it was.
+
+    Args:
+        backbone (nn.Module): Of MMPretrain, with ``out_indices``: a ViT, whose maps are those of
+            the patch tokens after each block, a ResNet, whose maps are those of the stages, ...
+
+    Yields:
+        Callable: Maps images (N, 3, H, W) to a tuple of maps (N, C, h, w), in eval mode.
+
+    Raises:
+        ValueError: If the backbone has no blocks or stages to choose its outputs from.
+    """
+    depth = getattr(backbone, 'num_layers', None) or getattr(backbone, 'num_stages', None)
+    if not depth or not hasattr(backbone, 'out_indices'):
+        raise ValueError(
+            f'token_maps_of: {type(backbone).__name__} has no out_indices and num_layers (as '
+            'VisionTransformer) or num_stages (as ResNet); use a backbone that has.'
+        )
+    options = dict(out_indices=tuple(range(depth)))
+    if hasattr(backbone, 'out_type'):
+        options['out_type'] = 'featmap'
+    before = {name: getattr(backbone, name) for name in options}
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        for name, value in options.items():
+            setattr(backbone, name, value)
+        backbone.eval()
+        yield backbone
+    finally:
+        for name, value in before.items():
+            setattr(backbone, name, value)
+        for module, training in modes:
+            module.training = training
+
+
+def spaced_images(
+    cfg: Config, split: str, count: int, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[Tensor]:
+    """Images of a data set, at equal distances in its order, as the network takes them.
+
+    Args:
+        cfg (Config): With ``evaluation``, see :func:`~ser_mm.evaluation.build_loader`.
+        split (str): Key of ``cfg.evaluation``.
+        count (int): Images, at most.
+        batch_size (int): Images per batch. Defaults to 64.
+        num_workers (int): Processes that read images. Defaults to 0.
+
+    Yields:
+        Tensor: Images, (N, 3, H, W), on the device.
+    """
+    preprocessor, loader = build_loader(cfg, split)
+    step = max(math.ceil(len(loader.dataset) / count), 1)
+    subset = Subset(loader.dataset, range(0, len(loader.dataset), step))
+    for batch in DataLoader(
+        subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
+    ):
+        yield preprocessor(batch)['inputs']
