@@ -43,9 +43,12 @@ class TwoPassViT(SERVisionTransformer):
         """Embed images, see SERVisionTransformer."""
         if not isinstance(x, ViewBatch):
             return super().forward(x)
-        passes = [ViewBatch(x.base, x.equi[:0], x.elements[:0])] if len(x.base) else []
-        passes.append(ViewBatch(x.base[:0], x.equi, x.elements))
-        outs = [super(TwoPassViT, self).forward(view) for view in passes if len(view)]
+        passes = (
+            ViewBatch(x.base, x.equi[:0], x.elements[:0]),
+            ViewBatch(x.base[:0], x.equi, x.elements),
+        )
+        passes = [view for view in passes if len(view)]
+        outs = [super(TwoPassViT, self).forward(view) for view in passes]
         x.token_maps[self] = passes[-1].token_maps[self]
         return tuple(torch.cat(out) for out in zip(*outs, strict=True))
 

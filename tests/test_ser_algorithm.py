@@ -1,6 +1,7 @@
 """SERAlgorithm: what each loss reaches, what it is worth, and that it only adds."""
 
 import copy
+import sys
 
 import pytest
 import reference
@@ -8,6 +9,13 @@ import short_run
 import torch
 import torch.nn.functional as F
 from algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build, two_views
+from mmengine.logging import MessageHub
+from test_configs import ROOT
+
+from ser_mm.models import SERVisionTransformer
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+from step import TwoPassViT  # noqa: E402
 
 # Sums of some thousand float64 products of numbers around 1; gradients are around 1e-3.
 CLOSE = dict(rtol=1e-8, atol=1e-10)
@@ -144,6 +152,36 @@ def test_loss_inv_is_that_of_the_wrapped_algorithm(name, n2):
         torch.testing.assert_close(
             grads[f'algorithm.{k}'], grad, **CLOSE, msg=lambda m, k=k: f'{k}: {m}'
         )
+
+
+@pytest.mark.parametrize('name', ['mocov3', 'dino', 'barlowtwins'])
+def test_50_steps_end_where_they_do_with_two_passes(name, monkeypatch):
+    """b2 of other sizes in every step, and at times none."""
+    reference.float64_positions(monkeypatch)
+    models = [model_of(name) for _ in range(2)]
+    for module in models[1].modules():
+        if type(module) is SERVisionTransformer:
+            module.__class__ = TwoPassViT
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+    sizes = torch.randint(2, 6, (50, 2, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    first = copy.deepcopy(models[0].state_dict())
+    for step, grids in enumerate(sizes):
+        MessageHub.get_current_instance().update_info('iter', step)
+        totals = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            views = two_views(6, step % 4, grids, seed=step, dtype=torch.float64)
+            total, _ = model.parse_losses(model.loss(views))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            totals.append(total.detach())
+        # Rounding, which 50 steps of AdamW spread: it divides gradients by their size.
+        torch.testing.assert_close(*totals, rtol=1e-8, atol=0)
+    packed, separate = (model.state_dict() for model in models)
+    for k, value in packed.items():
+        torch.testing.assert_close(value, separate[k], rtol=1e-6, atol=1e-7, msg=k)
+    moved = [k for k in packed if not torch.equal(packed[k], first[k])]
+    assert any(k.startswith('backbone.layers.3') for k in moved)
 
 
 @pytest.mark.parametrize('cls_layer', [0, 1])

@@ -233,6 +233,45 @@ def test_mixed_precision():
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.parametrize('mixed', [False, True])
+def test_checkpointing_saves_memory_and_changes_nothing_else(mixed):
+    results = []
+    for with_cp in (False, True):
+        network = vit(ser_layer=2, drop_path_rate=0.3, with_cp=with_cp).float().train()
+        view, _ = two_views(4, 3)
+        kept = []
+        torch.manual_seed(1)
+        with (
+            torch.autocast('cpu', torch.bfloat16, enabled=mixed),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x
+            ),
+        ):
+            outputs = *network(view), view.token_maps[network]
+        results.append((outputs, gradients(network, outputs), sum(kept)))
+    (outputs, grads, kept), (outputs_cp, grads_cp, kept_cp) = results
+    assert all(torch.equal(a, b) for a, b in zip(outputs, outputs_cp, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_cp, strict=True))
+    assert kept_cp < kept / 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compiled(backend):
+    """For two pairs of sizes. Positions are resized in float32, compiled by other operations."""
+    torch._dynamo.reset()
+    network = vit(ser_layer=2)
+    compiled = torch.compile(network, backend=backend)
+    for n2, grids in ((3, ((3, 5), (4, 4))), (2, ((5, 4), (4, 3)))):
+        views = [two_views(4, n2, grids, dtype=torch.float64)[0] for _ in range(2)]
+        results = []
+        for module, view in zip((network, compiled), views, strict=True):
+            outputs = *module(view), view.token_maps[network]
+            results.append((*outputs, *gradients(network, outputs)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_initialization_is_that_of_moco_v3():
     network = SERVisionTransformer(**ARCH, ser_layer=2)
     network.init_weights()

@@ -6,6 +6,7 @@ from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLay
 from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ser_mm.checkpoint import StrictPretrained
 from ser_mm.views import ViewBatch
@@ -36,6 +37,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             ViT) to the number of blocks - 1. Defaults to None: that of ``ser_layer``, or 0.
         stop_grad_conv1 (bool): Keep the patch embedding as initialized, as MoCo v3 does.
             Defaults to False.
+        with_cp (bool): Compute the inside of each block again in the backward pass, which saves
+            memory. MMEngine's ``activation_checkpointing`` wraps the forward of a block, which is
+            not called here. Defaults to False.
         init_cfg (dict | list[dict], optional): As None, Linear layers are initialized as in
             MoCo v3: Xavier-uniform, with q, k and v as separate matrices. ``dict(type=
             'Pretrained', checkpoint=..., prefix='backbone.')`` is strict: a parameter that is
@@ -54,6 +58,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         ser_layer: int | None = None,
         cls_layer: int | None = None,
         stop_grad_conv1: bool = False,
+        with_cp: bool = False,
         init_cfg: dict | list | None = None,
         **kwargs,
     ) -> None:
@@ -73,6 +78,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
                 f'one from 0 (before the first block) to {depth - 1}.'
             )
         self.ser_layer = ser_layer
+        self.with_cp = with_cp
         patch = self.patch_embed.projection.kernel_size
         if any(side % p for side, p in zip(self.img_size, patch, strict=True)):
             raise ValueError(
@@ -173,7 +179,10 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         for i, layer in enumerate(self.layers):
             if i == self.cls_layer > 0:
                 tokens, shapes = self._insert_cls(tokens, shapes)
-            tokens = self._run_layer(layer, tokens, shapes)
+            if self.with_cp and torch.is_grad_enabled():
+                tokens = checkpoint(self._run_layer, layer, tokens, shapes, use_reentrant=False)
+            else:
+                tokens = self._run_layer(layer, tokens, shapes)
             if i + 1 == self.ser_layer and isinstance(x, ViewBatch):
                 x.token_maps[self] = self._token_map(x, tokens, shapes, grids)
             if i == self.num_layers - 1 and self.final_norm:
