@@ -9,7 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from mmengine.config import Config, DictAction
-from mmengine.dist import broadcast_object_list, init_dist, is_main_process
+from mmengine.dist import broadcast_object_list, init_dist, is_distributed, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
@@ -130,8 +130,8 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
             if dataset:
                 check_dataset(f'evaluation.{split}', dataset, scope)
         check_classes({f'evaluation.{split}': dataset for split, dataset in datasets.items()})
-    if args.launcher != 'none' and not init_cpu_process_group(args.launcher):
-        init_dist(args.launcher)
+    if args.launcher != 'none' and not is_distributed():
+        init_cpu_process_group(args.launcher) or init_dist(args.launcher)
     return cfg
 
 
