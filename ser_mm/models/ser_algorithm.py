@@ -36,6 +36,9 @@ class SERAlgorithm(BaseModel):
     there is a process group it is left out, as it would need all ranks; a view that is used as a
     tensor then stops the first step of training with the same reason.
 
+    A ``CosineEMA`` that it keeps is replaced by :class:`~ser_mm.models.ForeachCosineEMA`, which
+    does the same in fewer operations.
+
     Checkpoints have the keys of the wrapped algorithm (``backbone.``, ``neck.``, ...) beside
     ``ser_neck.``, so that they load into either.
 

@@ -33,7 +33,9 @@ class EquivariantViewPipeline(BaseTransform):
         views (Sequence[list]): Pipeline of each view of b1. All views have the same size, but for
             further ones beyond ``equi_views`` (local crops), which b2 gets as b1 does.
         equi_crop (list): Pipeline that crops an image of b2, to the size of ``views``, square.
-        equi_views (Sequence[list]): Photometric pipeline of each view of b2; two of them.
+        equi_views (Sequence[list]): Photometric pipeline of each view of b2; two of them. Leave
+            photometry out of these and of ``views`` to have it done on the device, by
+            ``photometry`` of :class:`~ser_mm.models.SERDataPreprocessor`.
         equi_ratio (float): Probability of an image to be in b2. Defaults to 0.01.
 
     Raises:
