@@ -1,5 +1,7 @@
 # ImageNet-1k, two views at 224 x 224: the policy of MoCo v3 and BYOL.
-# data/imagenet/{train,val}/<wordnet id>/*.JPEG
+# data/imagenet/train/<wordnet id>/*.JPEG
+_base_ = ['imagenet_evaluation.py']
+
 data_preprocessor = dict(
     type='SelfSupDataPreprocessor',
     mean=[123.675, 116.28, 103.53],
@@ -54,20 +56,3 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     ),
 )
-
-# What probes and the other evaluations look at.
-eval_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='ResizeEdge', scale=256, edge='short', backend='pillow', interpolation='bicubic'),
-    dict(type='CenterCrop', crop_size=224),
-    dict(type='PackInputs'),
-]
-evaluation = {
-    split: dict(
-        type='CustomDataset',
-        data_root='data/imagenet/',
-        data_prefix=split,
-        pipeline=eval_pipeline,
-    )
-    for split in ('train', 'val')
-}

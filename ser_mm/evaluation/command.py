@@ -24,6 +24,9 @@ from ser_mm.engine.runtime import (
 from .features import load_features
 from .probe import LEARNING_RATES, select_linear_head
 
+# Seconds that ranks wait for the one that fits a head.
+_PATIENCE = 6 * 3600
+
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Add the arguments that all evaluations of features take.
@@ -131,7 +134,9 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
                 check_dataset(f'evaluation.{split}', dataset, scope)
         check_classes({f'evaluation.{split}': dataset for split, dataset in datasets.items()})
     if args.launcher != 'none' and not is_distributed():
-        init_cpu_process_group(args.launcher) or init_dist(args.launcher)
+        init_cpu_process_group(args.launcher, _PATIENCE) or init_dist(
+            args.launcher, timeout=_PATIENCE
+        )
     return cfg
 
 
