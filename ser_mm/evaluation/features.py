@@ -40,7 +40,8 @@ class Embedder(nn.Module):
         super().__init__()
         last = dict(out_type='cls_token', out_indices=list(range(-blocks, 0)))
         model = cfg.model.get('algorithm') or cfg.model
-        kind = MODELS.get(model.get('backbone', {}).get('type', ''))
+        kind = model.get('backbone', {}).get('type')
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if blocks < 1 or (blocks > 1 and not (kind and issubclass(kind, VisionTransformer))):
             raise ValueError(
                 f'blocks={blocks}: the last blocks can be joined for a ViT only, and this is '

@@ -157,7 +157,8 @@ def perturbed(dataset: dict, perturbation: str, root: str) -> dict:
 
 
 def _name(step: dict) -> str:
-    return step['type'].rpartition('.')[2]
+    kind = step['type']
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 
 
 @TRANSFORMS.register_module()
