@@ -10,7 +10,7 @@ they would not fit.
 
 import argparse
 import multiprocessing
-import resource
+import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -59,47 +59,60 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict:
         args (argparse.Namespace): The command line.
 
     Returns:
-        dict: ``seconds``, the median; ``peak_bytes``, the peak of memory over that of the maps,
-        their gradients and a small call, of the tensors (GPU) or of the process (CPU); ``loss``.
+        dict: ``seconds``, the median; ``peak_bytes``, the peak of memory over what was there
+        before, of the tensors (GPU) or of the process (CPU, to some MiB); ``loss``.
     """
     torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     cuda = torch.device(args.device).type == 'cuda'
 
-    def peak() -> int:
-        if cuda:
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def run(number: int) -> tuple[float, float]:
-        torch.manual_seed(0)
+    def run(number: int) -> tuple[float, int, float]:
         shape = number // SIDE**2, args.channels, SIDE, SIDE
         maps = [torch.randn(shape, device=args.device) for _ in range(4)]
         for x in maps[:2]:  # as with a momentum branch: keys need no gradient
             x.requires_grad_()
             x.grad = torch.zeros_like(x)
-        peaks.append(peak())
+        before = reset_peak(cuda)
         start = time.perf_counter()
         loss = LOSSES[name](maps[:2], maps[2:])
         loss.backward()
-        peaks.append(peak())
-        return time.perf_counter() - start, loss.item()
+        peak = peak_memory(cuda)  # which waits for the GPU
+        return time.perf_counter() - start, peak - before, loss.item()
 
-    peaks: list[int] = []
-    run(4 * SIDE**2)
-    peaks.clear()
-    seconds, losses = zip(*(run(tokens) for _ in range(args.repeats)), strict=True)
-    return dict(
-        seconds=statistics.median(seconds), peak_bytes=max(peaks) - peaks[0], loss=losses[0]
-    )
+    run(2 * SIDE**2)
+    torch.manual_seed(0)
+    seconds, peaks, losses = zip(*(run(tokens) for _ in range(args.repeats)), strict=True)
+    return dict(seconds=statistics.median(seconds), peak_bytes=max(peaks), loss=losses[0])
+
+
+def reset_peak(cuda: bool) -> int:
+    """Forget the peak of memory so far; what is in use, in bytes."""
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path('/proc/self/clear_refs').write_text('5')
+    return _of_process('VmRSS')
+
+
+def peak_memory(cuda: bool) -> int:
+    """The peak of memory, in bytes."""
+    if cuda:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _of_process('VmHWM')
+
+
+def _of_process(field: str, path: str = '/proc/self/status') -> int:
+    lines = Path(path).read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f'{field}:'))
 
 
 def available_memory(device: str) -> int:
     """Bytes that are free on a device."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.mem_get_info()[0]
-    lines = Path('/proc/meminfo').read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable'))
+    return _of_process('MemAvailable', '/proc/meminfo')
 
 
 def plot(rows: dict[str, dict], path: Path) -> None:
@@ -111,9 +124,9 @@ def plot(rows: dict[str, dict], path: Path) -> None:
             points = [
                 (int(tokens), row[name][key] / (2**20 if key == 'peak_bytes' else 1))
                 for tokens, row in rows.items()
-                if row[name] is not None
+                if row[name] is not None and row[name][key] > 0
             ]
-            axis.loglog(*zip(*points, strict=True), marker='o', label=name)
+            axis.loglog([x for x, _ in points], [y for _, y in points], 'o-', label=name)
         axis.set(xlabel='tokens', ylabel=label)
         axis.set_xticks(list(rows), [f'{tokens:,}' for tokens in rows])
         axis.minorticks_off()
@@ -140,6 +153,8 @@ def main() -> None:
         parser.error(f'--tokens {wrong[0]}: give multiples of {SIDE**2}, from {2 * SIDE**2} up')
     matplotlib.use('Agg')
 
+    # So that glibc gives a freed matrix back at once, and the peak is of those in use together.
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = str(2**20)
     spawn = multiprocessing.get_context('spawn')
     rows = {}
     for tokens in args.tokens:
