@@ -9,11 +9,9 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -21,13 +19,14 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
-from mmpretrain.registry import DATASETS, MODELS
+from mmpretrain.registry import MODELS
 from torch import Tensor
 
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ser_mm.datasets import BundledPhotos
+from ser_mm.engine.runs import finished, train
 from ser_mm.evaluation import (
     build_backbone,
     build_loader,
@@ -99,93 +98,6 @@ def arm_config(args: argparse.Namespace, arm: str, seed: int) -> Config:
     if args.epochs is not None:
         cfg.train_cfg.max_epochs = cfg.param_scheduler[1].end = args.epochs
     return cfg
-
-
-def finished(cfg: Config) -> str | None:
-    """Path of the final checkpoint, if the run has come to its end."""
-    # MMEngine writes this file when the checkpoint that it names is complete.
-    pointer = Path(cfg.work_dir, 'last_checkpoint')
-    final = Path(cfg.work_dir, f'epoch_{cfg.train_cfg.max_epochs}.pth')
-    done = pointer.exists() and Path(pointer.read_text()).name == final.name
-    return str(final) if done else None
-
-
-def train(arms: dict[str, Config]) -> None:
-    """Train what is not trained yet, all arms at once, sharing the cores.
-
-    Raises:
-        SystemExit: If a run fails, with the end of its log, or if its folder holds a run with
-            other settings.
-    """
-    commands, logs = {}, {}
-    for arm, cfg in arms.items():
-        work_dir = Path(cfg.work_dir)
-        work_dir.mkdir(parents=True, exist_ok=True)
-        config = work_dir.with_suffix('.py')
-        if config.exists() and config.read_text() != cfg.pretty_text:
-            sys.exit(
-                f'{work_dir} holds a run with other settings ({config}); remove it or choose '
-                'another --work-dir.'
-            )
-        config.write_text(cfg.pretty_text)
-        if not finished(cfg):
-            script = str(ROOT / 'tools' / 'train.py')
-            commands[arm] = [sys.executable, script, str(config), '--resume']
-            commands[arm] += ['--work-dir', cfg.work_dir]
-            logs[arm] = work_dir.with_suffix('.log')
-    if not commands:
-        return
-
-    threads = max(1, len(os.sched_getaffinity(0)) // len(commands))
-    env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
-    processes = {}
-    try:
-        for arm, command in commands.items():
-            with logs[arm].open('w') as log:
-                processes[arm] = subprocess.Popen(
-                    command, env=env, stdout=log, stderr=subprocess.STDOUT
-                )
-        watch({arm: arms[arm] for arm in commands}, processes)
-        failed = [arm for arm, process in processes.items() if process.poll()]
-    finally:
-        for process in processes.values():
-            process.terminate()
-            process.wait()
-    if failed:
-        arm = failed[0]
-        tail = logs[arm].read_text().splitlines()[-15:]
-        status = processes[arm].returncode
-        sys.exit('\n'.join([*tail, f'{arm} failed ({status}); its whole log is {logs[arm]}']))
-
-
-def watch(arms: dict[str, Config], processes: dict[str, subprocess.Popen]) -> None:
-    """Say how far the runs are, until all have ended or one has failed."""
-    total = {}
-    for arm, cfg in arms.items():
-        images = len(DATASETS.build(deepcopy(cfg.train_dataloader.dataset)))
-        total[arm] = images // cfg.train_dataloader.batch_size * cfg.train_cfg.max_epochs
-
-    def steps() -> dict[str, int]:
-        logged = {arm: read_scalars(cfg.work_dir) for arm, cfg in arms.items()}
-        return {arm: records[-1]['step'] if records else 0 for arm, records in logged.items()}
-
-    first, start, said = steps(), time.monotonic(), 0.0
-    while not any(process.poll() for process in processes.values()):
-        if all(process.poll() == 0 for process in processes.values()):
-            return
-        time.sleep(1)
-        elapsed = time.monotonic() - start
-        if elapsed - said < 15:
-            continue
-        said, now = elapsed, steps()
-        left = [
-            elapsed * (total[arm] - now[arm]) / (now[arm] - first[arm])
-            for arm in arms
-            if now[arm] > first[arm]
-        ]
-        eta = f'{max(left):.0f} s left' if len(left) == len(arms) else 'starting'
-        progress = ', '.join(f'{arm} {now[arm]}/{total[arm]}' for arm in arms)
-        print(f'[{elapsed:4.0f} s] {progress} steps, {eta}', flush=True)
 
 
 def build_token_map(

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-Curve = Sequence[tuple[float, float, float]]
+Curve = Sequence[tuple[float | str, float, float]]
 """Points of a curve: place, height, and half the length of the error bar (0: none)."""
 
 
@@ -41,5 +41,6 @@ def draw_curves(
         handles |= {
             label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-    figure.legend(handles.values(), handles, loc='outside lower center', ncols=len(handles))
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles, loc='outside lower center', ncols=len(handles))
     figure.savefig(file, dpi=150)
