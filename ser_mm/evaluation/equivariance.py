@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmpretrain.models.backbones import ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -190,24 +191,17 @@ def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tens
     """Let a backbone give the token map after every block, and leave it as it was.
 
     Args:
-        backbone (nn.Module): Of MMPretrain, with ``out_indices``: a ViT, whose maps are those of
-            the patch tokens after each block, a ResNet, whose maps are those of the stages, ...
+        backbone (nn.Module): Of MMPretrain. A ViT gives the map of the patch tokens after every
+            block, a ResNet that of every stage; any other gives what its ``out_indices`` say.
 
     Yields:
         Callable: Maps images (N, 3, H, W) to a tuple of maps (N, C, h, w), in eval mode.
-
-    Raises:
-        ValueError: If the backbone has no blocks or stages to choose its outputs from.
     """
-    depth = getattr(backbone, 'num_layers', None) or getattr(backbone, 'num_stages', None)
-    if not depth or not hasattr(backbone, 'out_indices'):
-        raise ValueError(
-            f'token_maps_of: {type(backbone).__name__} has no out_indices and num_layers (as '
-            'VisionTransformer) or num_stages (as ResNet); use a backbone that has.'
-        )
-    options = dict(out_indices=tuple(range(depth)))
-    if hasattr(backbone, 'out_type'):
-        options['out_type'] = 'featmap'
+    options = {}
+    if hasattr(backbone, 'out_type') and hasattr(backbone, 'num_layers'):
+        options = dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
+    elif isinstance(backbone, ResNet):
+        options = dict(out_indices=tuple(range(backbone.num_stages)))
     before = {name: getattr(backbone, name) for name in options}
     modes = [(module, module.training) for module in backbone.modules()]
     try:
