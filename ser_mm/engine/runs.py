@@ -166,6 +166,6 @@ class _Progress:
         left = elapsed * (sum(self.total.values()) - sum(now.values())) / max(done, 1)
         eta = f'{left:.0f} s left' if done else 'starting'
         steps = ', '.join(f'{name} {now[name]}/{self.total[name]}' for name in running)
-        ended = sum(bool(finished(cfg)) for cfg in self.runs.values())
+        ended = sum(bool(finished(cfg)) for name, cfg in self.runs.items() if name not in running)
         count = f' {ended} of {len(self.runs)} runs done,' if len(self.runs) > len(running) else ''
         print(f'[{elapsed:4.0f} s]{count} {steps} steps, {eta}', flush=True)
