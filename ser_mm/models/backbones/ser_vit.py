@@ -228,15 +228,11 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             mixed = attn.scaled_dot_product_attention(*heads.unbind(), dropout_p=dropout)
             return mixed.transpose(1, 2).flatten(2)
 
-        def ffn(x: Tensor) -> Tensor:
-            return layer.ffn(layer.ln2(x), identity=x)
-
         mixed = _by_image(attend, attn.qkv(layer.ln1(tokens)), shapes)
         update = attn.gamma1(attn.proj_drop(attn.proj(mixed)))
-        if self.training and getattr(attn.out_drop, 'drop_prob', 0):
-            tokens = tokens + _by_image(attn.out_drop, update, shapes)
-            return _by_image(ffn, tokens, shapes)
-        return ffn(tokens + update)
+        tokens = tokens + _drop_path(attn.out_drop, update, shapes)
+        update = layer.ffn.gamma2(layer.ffn.layers(layer.ln2(tokens)))
+        return tokens + _drop_path(layer.ffn.dropout_layer, update, shapes)
 
     def _token_map(self, x: ViewBatch, tokens: Tensor, shapes: Shapes, grids: Shapes) -> Tensor:
         if not len(x.equi):
@@ -265,6 +261,15 @@ def _unpack(tokens: Tensor, shapes: Shapes) -> list[Tensor]:
 def _by_image(function: Callable[[Tensor], Tensor], tokens: Tensor, shapes: Shapes) -> Tensor:
     """Apply a function of (N, L, C) to each group of packed tokens (T, C)."""
     return _cat([function(x).flatten(0, 1) for x in _unpack(tokens, shapes)])
+
+
+def _drop_path(drop: nn.Module, update: Tensor, shapes: Shapes) -> Tensor:
+    """Drop path, which draws for an image, on packed tokens (T, C)."""
+    if not (drop.training and getattr(drop, 'drop_prob', 0)):
+        return update
+    kept = drop(update.new_ones(sum(n for n, _ in shapes), 1)).split([n for n, _ in shapes])
+    tokens = [x.expand(-1, length) for x, (_, length) in zip(kept, shapes, strict=True)]
+    return update * _cat([x.reshape(-1, 1) for x in tokens])
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
