@@ -3,8 +3,10 @@
 import runpy
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from ser_mm.evaluation import (
     load_features,
     select_linear_head,
 )
+from ser_mm.evaluation.command import fit_head, run
 
 PIPELINE = [
     dict(type='LoadImageFromFile'),
@@ -151,13 +154,14 @@ def test_cache_is_used_again_until_something_changes(imagenet_tree, checkpoint, 
     assert first.shape == (16, 48) and labels.tolist() == sorted([0, 1, 2, 3] * 4)
     (file,) = files()
     written = file.stat().st_mtime_ns
-    # What an interrupted extraction leaves is not taken for features.
-    file.with_suffix('.part0.npz').write_bytes(b'half')
+    # What another extraction writes, or left when it was interrupted, is not taken for features.
+    half = file.with_suffix('.part0.npz')
+    half.write_bytes(b'half')
     again, _ = load_features(cfg, checkpoint, 'val', cache, batch_size=5)
     assert file.stat().st_mtime_ns == written and torch.equal(first, again)
     file.unlink()
     again, _ = load_features(cfg, checkpoint, 'val', cache)
-    assert torch.equal(first, again) and files() == {file}
+    assert torch.equal(first, again) and files() == {file, half}
 
     def is_new(cfg=cfg, checkpoint=checkpoint, **options):
         before = files()
@@ -186,23 +190,33 @@ def _on_rank(rank, root, checkpoint, cache):
     torch.manual_seed(0)
     head = torch.nn.Linear(48, 4)
     cfg = config(root, indices=15)
-    return [
+    results = [
         load_features(cfg, checkpoint, 'val', cache, batch_size=4),
         load_features(cfg, checkpoint, 'val', cache, head=head, batch_size=4),
     ]
+    places = dict(cache_dir=cache, blocks=1, batch_size=4, num_workers=0)
+    args = Namespace(**places, lrs=[1.0], epochs=2, probe_batch=8)
+    head, _, train = fit_head(cfg, checkpoint, args)
+    with pytest.raises(SystemExit) as end:
+        run(lambda: Config.fromfile('none.py'))
+    return results, head.weight, train, end.value.code
 
 
 @pytest.mark.slow
 def test_two_ranks_extract_what_one_does(imagenet_tree, checkpoint, tmp_path):
     """Of 15 images, so that one rank has more; each image is there once, in its place."""
-    results = on_two_ranks(_on_rank, str(imagenet_tree), checkpoint, str(tmp_path / 'two'))
-    expected = _on_rank(0, str(imagenet_tree), checkpoint, tmp_path / 'one')
-    for result in results:
-        for (x, y), (v, w) in zip(result, expected, strict=True):
+    ranks = on_two_ranks(_on_rank, str(imagenet_tree), checkpoint, str(tmp_path / 'two'))
+    expected, weight, _, sentence = _on_rank(0, str(imagenet_tree), checkpoint, tmp_path / 'one')
+    assert sentence.startswith('error: ') and 'none.py' in sentence
+    for rank, (results, own, train, own_sentence) in enumerate(ranks):
+        for (x, y), (v, w) in zip(results, expected, strict=True):
             torch.testing.assert_close(x, v, rtol=1e-5, atol=1e-5)
             assert len(y) == 15 and torch.equal(y, w)
-    names = [{file.name for file in (tmp_path / name).iterdir()} for name in ('one', 'two')]
-    assert names[0] == names[1]
+        torch.testing.assert_close(own, weight, rtol=1e-4, atol=1e-5)
+        assert (train is None) == (rank != 0)  # which fits the head alone
+        assert own_sentence == sentence.replace('error', f'error on rank {rank}', 1)
+    names = [{file.name for file in (tmp_path / name).glob('[tv]*')} for name in ('one', 'two')]
+    assert names[0] == names[1] and len(names[0]) == 3
 
 
 def test_last_blocks_are_normalized_cls_tokens(checkpoint):
@@ -214,6 +228,17 @@ def test_last_blocks_are_normalized_cls_tokens(checkpoint):
         tokens = raw(images)
     assert torch.equal(joined, torch.cat([raw.ln1(tokens[0])[:, 0], tokens[1][:, 0]], dim=1))
     assert torch.equal(Embedder(cfg, checkpoint)(images), joined[:, 48:])
+
+
+def test_a_head_is_copied_to_the_device_of_the_backbone(checkpoint, monkeypatch):
+    """The meta device in place of a GPU: it refuses parameters that were left on the CPU."""
+    for module in ('networks', 'features'):
+        monkeypatch.setattr(f'ser_mm.evaluation.{module}.get_device', lambda: 'meta')
+    head = torch.nn.Linear(48, 4)
+    images = torch.empty(2, 3, 32, 32, device='meta')
+    classes = Embedder(config('.'), checkpoint, head=head)(images)
+    assert classes.is_meta and classes.shape == (2,)
+    assert not head.weight.is_meta
 
 
 @pytest.mark.parametrize(
@@ -274,7 +299,11 @@ def test_tool_reports_and_speaks_one_sentence(imagenet_tree, checkpoint, tmp_pat
     cfg = tmp_path / 'config.py'
     config(imagenet_tree).dump(cfg)
     places = ('--cache-dir', tmp_path / 'cache', '--out', tmp_path / 'out')
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(3)
     assert tool('probe', cfg, checkpoint, '--epochs', 2, '--k', 1, *places) is None
+    assert cv2.getNumThreads() == 1  # as in training
+    cv2.setNumThreads(threads)
     results = Config.fromfile(tmp_path / 'out' / 'probe.json').results
     assert results['1-NN'].top1 == 1 and results['linear probe'].images == 16
     assert '| 1-NN' in capsys.readouterr().out
@@ -287,6 +316,7 @@ def test_tool_reports_and_speaks_one_sentence(imagenet_tree, checkpoint, tmp_pat
     missing = refusal('--cfg-options', 'evaluation.val.data_root=nowhere')
     assert "evaluation.val.data_root = 'nowhere'" in missing
     assert 'none.pth' in refusal(checkpoint='none.pth')
+    assert 'evaluation.val is not in' in refusal('--cfg-options', 'evaluation.val=None')
     other = tmp_path / 'other'
     (other / 'train' / 'n1').mkdir(parents=True)
     shutil.copy(next(imagenet_tree.glob('train/*/*')), other / 'train' / 'n1')

@@ -44,10 +44,11 @@ def main() -> None:
     """Extract, train, vote, report."""
     args = parse_args()
     cfg = load_config(args)
-    val, val_labels = load_features(cfg, args.checkpoint, 'val', **feature_options(args))
-    head, choice, (train, train_labels) = fit_head(cfg, args.checkpoint, args)
+    val = load_features(cfg, args.checkpoint, 'val', **feature_options(args), main_only=True)
+    head, choice, train = fit_head(cfg, args.checkpoint, args)
     if not is_main_process():
         return  # what is left needs one process
+    (train, train_labels), (val, val_labels) = train, val
 
     results = {'linear probe': {**accuracy(head(val).detach(), val_labels), **choice}}
     votes = knn_votes(train, train_labels, val, args.k, args.temperature)

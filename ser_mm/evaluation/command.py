@@ -9,9 +9,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from mmengine.config import Config, DictAction
-from mmengine.dist import broadcast_object_list, init_dist, is_distributed, is_main_process
+from mmengine.dist import (
+    broadcast_object_list,
+    get_rank,
+    init_dist,
+    is_distributed,
+    is_main_process,
+)
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 
 from ser_mm.engine.runtime import (
@@ -22,6 +29,7 @@ from ser_mm.engine.runtime import (
 )
 
 from .features import load_features
+from .networks import dataset_of
 from .probe import LEARNING_RATES, select_linear_head
 
 # Seconds that ranks wait for the one that fits a head.
@@ -85,7 +93,7 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def fit_head(
     cfg: Config, checkpoint: str, args: argparse.Namespace
-) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor]]:
+) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor] | None]:
     """The linear probe that the command line asks for, the same on all ranks.
 
     Args:
@@ -96,15 +104,15 @@ def fit_head(
 
     Returns:
         tuple: The head, its choice (see :func:`~ser_mm.evaluation.select_linear_head`), and the
-        training features and labels.
+        training features and labels, None on all ranks but the first.
     """
-    features, labels = load_features(cfg, checkpoint, 'train', **feature_options(args))
+    train = load_features(cfg, checkpoint, 'train', **feature_options(args), main_only=True)
     found = [None]
     if is_main_process():
         sweep = args.lrs, args.epochs, args.probe_batch
-        found = [select_linear_head(features, labels, args.cache_dir, *sweep)]
+        found = [select_linear_head(*train, args.cache_dir, *sweep)]
     broadcast_object_list(found)
-    return *found[0], (features, labels)
+    return *found[0], train
 
 
 def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val')) -> Config:
@@ -119,7 +127,8 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
 
     Raises:
         FileNotFoundError: If data is missing.
-        ValueError: If the class folders of the splits are not the same.
+        ValueError: If a split is not in the config, or the class folders of the splits are not
+            the same.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     MMLogger.get_current_instance().setLevel('WARNING')
@@ -127,12 +136,13 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
     cfg.merge_from_dict(args.cfg_options)
     scope = cfg.get('default_scope') or 'mmpretrain'
     init_default_scope(scope)
+    datasets = {f'evaluation.{split}': dataset_of(cfg, split) for split in splits}
     if get_local_rank(args.launcher) == 0:
-        datasets = {split: (cfg.get('evaluation') or {}).get(split) for split in splits}
-        for split, dataset in datasets.items():
-            if dataset:
-                check_dataset(f'evaluation.{split}', dataset, scope)
-        check_classes({f'evaluation.{split}': dataset for split, dataset in datasets.items()})
+        for field, dataset in datasets.items():
+            check_dataset(field, dataset, scope)
+        check_classes(datasets)
+    processes = (cfg.get('env_cfg') or {}).get('mp_cfg') or {}
+    set_multi_processing(**processes, distributed=args.launcher != 'none')
     if args.launcher != 'none' and not is_distributed():
         init_cpu_process_group(args.launcher, _PATIENCE) or init_dist(
             args.launcher, timeout=_PATIENCE
@@ -140,11 +150,11 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
     return cfg
 
 
-def check_classes(datasets: dict[str, dict | None]) -> None:
+def check_classes(datasets: dict[str, dict]) -> None:
     """Check that the class folders of data sets are the same, as their order numbers the classes.
 
     Args:
-        datasets (dict[str, dict | None]): Configs by their place in the config. Those without
+        datasets (dict[str, dict]): Configs by their place in the config. Those without
             folders are passed over.
 
     Raises:
@@ -152,7 +162,7 @@ def check_classes(datasets: dict[str, dict | None]) -> None:
     """
     first = None
     for field, dataset in datasets.items():
-        if not dataset or dataset.get('ann_file'):
+        if dataset.get('ann_file'):
             continue
         prefix = dataset.get('data_prefix') or ''
         prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
@@ -209,5 +219,5 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ImportError, OSError, ValueError, UnpicklingError) as error:
-        sys.exit(f'error: {error}' if is_main_process() else 1)
+        sys.exit(f'error{f" on rank {get_rank()}" if is_distributed() else ""}: {error}')
     close_process_group()

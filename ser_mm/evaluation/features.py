@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import mmengine.fileio
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info
 from mmengine.utils import track_iter_progress
 from mmpretrain.models.backbones import VisionTransformer
@@ -31,12 +34,20 @@ class Embedder(nn.Module):
         cfg (Config): Config of a run, see :func:`~ser_mm.evaluation.build_backbone`.
         checkpoint (str, optional): Its weights. Defaults to None: untrained.
         blocks (int): Last blocks to take. Defaults to 1.
+        head (nn.Linear, optional): Give the class that a copy of it finds in the vector, instead
+            of the vector. Defaults to None.
 
     Raises:
         ValueError: If ``blocks`` is not in the network, or an output is no vector and no map.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str | None = None, blocks: int = 1) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str | None = None,
+        blocks: int = 1,
+        head: nn.Linear | None = None,
+    ) -> None:
         super().__init__()
         last = dict(out_type='cls_token', out_indices=list(range(-blocks, 0)))
         model = cfg.model.get('algorithm') or cfg.model
@@ -49,9 +60,10 @@ class Embedder(nn.Module):
             )
         self.backbone = build_backbone(cfg, checkpoint, **(last if blocks > 1 else {}))
         self.blocks = blocks
+        self.head = head and deepcopy(head).to(get_device())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed images (N, 3, H, W) as vectors (N, C)."""
+        """Embed images (N, 3, H, W) as vectors (N, C), or classify them (N,)."""
         outputs = self.backbone(images)
         outputs = outputs[-self.blocks :] if isinstance(outputs, (tuple, list)) else [outputs]
         if self.blocks > 1 and self.backbone.final_norm:
@@ -63,7 +75,8 @@ class Embedder(nn.Module):
                 "vector or a map for each; set --cfg-options model.backbone.out_type='cls_token' "
                 '(model.algorithm.backbone... with SERAlgorithm).'
             )
-        return torch.cat(vectors, dim=1)
+        vectors = torch.cat(vectors, dim=1)
+        return self.head(vectors).argmax(dim=1) if self.head else vectors
 
 
 @torch.no_grad()
@@ -116,7 +129,8 @@ def load_features(
     head: nn.Linear | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
+    main_only: bool = False,
+) -> tuple[Tensor, Tensor] | None:
     """Features and labels of a split, from the cache or else extracted on all ranks.
 
     The name of the file in the cache changes with whatever the features depend on: the content of
@@ -134,40 +148,39 @@ def load_features(
             feature. Defaults to None.
         batch_size (int): Images per batch of a rank. Defaults to 256.
         num_workers (int): Processes of a rank that read images. Defaults to 0.
+        main_only (bool): Let the other ranks help to extract, and no more. Defaults to False.
 
     Returns:
         tuple: Features (N, C), or classes (N,), and labels (N,), on the CPU. Of sequences of T
-        frames, (N, T, C) or (N, T).
+        frames, (N, T, C) or (N, T). With ``main_only``, None on the other ranks.
 
     Raises:
         ValueError: If the config, the checkpoint and ``blocks`` do not go together.
     """
     preprocessor, loader = build_loader(cfg, split, batch_size, num_workers)
     rank, world_size = get_dist_info()
-    found = [None, None]
+    found = [None, None, None]
     if rank == 0:
+        print(f'{split}: looking for features of {len(loader.dataset)} images', flush=True)
         key = _key(cfg, checkpoint, split, loader.dataset, preprocessor, blocks, head)
         path = Path(cache_dir, f'{split.replace("/", "-")}-{key}.npz')
-        found = [path, path.exists()]
+        # Another tool may be after the same features: each has part files of its own.
+        found = [path, path.exists(), uuid.uuid4().hex]
     broadcast_object_list(found)
-    path, cached = found
+    path, cached, run = found
     if not cached:
-        network = Embedder(cfg, checkpoint, blocks)
-        if head is not None:
-            network = nn.Sequential(network, head, _Argmax())
+        network = Embedder(cfg, checkpoint, blocks, head)
         batches = track_iter_progress((loader, len(loader))) if rank == 0 else loader
-        _save(_part(path, rank), *extract_features(network, preprocessor, batches))
+        parts = [path.with_suffix(f'.{run}.part{i}.npz') for i in range(world_size)]
+        _save(parts[rank], *extract_features(network, preprocessor, batches))
         barrier()
         if rank == 0:
-            _join(path, world_size)
+            _join(parts, path)
         barrier()
+    if main_only and rank:
+        return None
     with np.load(path) as arrays:
         return torch.from_numpy(arrays['features']), torch.from_numpy(arrays['labels'])
-
-
-class _Argmax(nn.Module):
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits.argmax(dim=1)
 
 
 def _key(
@@ -189,15 +202,12 @@ def _key(
         for values in head.parameters():
             digest.update(values.detach().cpu().numpy().tobytes())
     for i in range(len(dataset)):
-        info = deepcopy(dataset.get_data_info(i))
-        file = info.get('img_path')
-        size = os.path.getsize(file) if file and os.path.exists(file) else None
+        info = dataset.get_data_info(i)
+        file, size = info.get('img_path'), None
+        with suppress(OSError, TypeError):  # not in this file system, or not a file
+            size = os.stat(file).st_size
         digest.update(f'{file} {size} {info.get("gt_label")}\n'.encode())
     return digest.hexdigest()[:20]
-
-
-def _part(path: Path, rank: int) -> Path:
-    return path.with_suffix(f'.part{rank}.npz')
 
 
 def _save(path: Path, features: Tensor, labels: Tensor) -> None:
@@ -206,17 +216,16 @@ def _save(path: Path, features: Tensor, labels: Tensor) -> None:
         np.savez(file, features=features.numpy(), labels=labels.numpy())
 
 
-def _join(path: Path, world_size: int) -> None:
-    """Put what the ranks wrote, each every ``world_size``-th image, into one file."""
-    parts = [_part(path, rank) for rank in range(world_size)]
-    if world_size > 1:
+def _join(parts: list[Path], path: Path) -> None:
+    """Put what the ranks wrote, each every ``len(parts)``-th image, into one file."""
+    if len(parts) > 1:
         arrays = [dict(np.load(part)) for part in parts]
         whole = {}
         for name in ('features', 'labels'):
             shares = [array[name] for array in arrays]
             whole[name] = np.empty((sum(map(len, shares)), *shares[0].shape[1:]), shares[0].dtype)
             for rank, share in enumerate(shares):
-                whole[name][rank::world_size] = share
+                whole[name][rank :: len(parts)] = share
         _save(parts[0], **{name: torch.from_numpy(array) for name, array in whole.items()})
     parts[0].replace(path)
     for part in parts[1:]:

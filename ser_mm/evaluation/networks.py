@@ -54,6 +54,21 @@ def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> n
     return backbone
 
 
+def dataset_of(cfg: Config, split: str) -> dict:
+    """The config of the data set ``evaluation[split]``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    dataset = (cfg.get('evaluation') or {}).get(split)
+    if not dataset:
+        raise ValueError(
+            f'evaluation.{split} is not in {cfg.filename}; set it to a labelled data set: '
+            "dict(type='CustomDataset', data_root=..., pipeline=[...])."
+        )
+    return dataset
+
+
 def build_loader(
     cfg: Config,
     split: str,
@@ -81,12 +96,7 @@ def build_loader(
     Raises:
         ValueError: If the config says nothing of the split or of the normalization.
     """
-    dataset = (cfg.get('evaluation') or {}).get(split)
-    if not dataset:
-        raise ValueError(
-            f'evaluation.{split} is not in {cfg.filename}; set it to a labelled data set: '
-            "dict(type='CustomDataset', data_root=..., pipeline=[...])."
-        )
+    dataset = dataset_of(cfg, split)
     pixels = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
     if not pixels:
         raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
@@ -98,7 +108,8 @@ def build_loader(
             batch_size=batch_size,
             num_workers=num_workers,
             dataset=dict(dataset, **options),
-            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+            # Without a seed the sampler draws one, for all ranks together.
+            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False, seed=0),
             collate_fn=dict(type='default_collate'),
         )
     )

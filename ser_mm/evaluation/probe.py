@@ -1,5 +1,6 @@
 import hashlib
 import json
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -241,7 +242,7 @@ def select_linear_head(
         top1 = np.array([accuracy(x, labels[held])['top1'] for x in scores])
         best = int(top1.argmax())
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix('.part.npz')
+        partial = path.with_suffix(f'.{uuid.uuid4().hex}.part.npz')  # another tool may fit it too
         np.savez(partial, weight=weight[best].cpu(), bias=bias[best].cpu(), best=best, top1=top1)
         partial.replace(path)
     with np.load(path) as arrays:
