@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from algorithms import ALGORITHMS, BACKBONE, IMAGE, RESNET
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
+from two_ranks import on_two_ranks
 
 from ser_mm.evaluation.equivariance import (
     TRANSFORMATIONS,
@@ -179,12 +180,34 @@ def test_hook_logs_and_leaves_the_run_as_it_is(imagenet_tree, tmp_path):
     assert logged[0] != logged[1]
 
 
+def _watch(rank, root, folder):
+    data = dict(data_root=f'{folder}/photos', crop_size=64)  # whose files the first rank writes
+    counts = dict(train_per_picture=1, val_per_picture=1)
+    cfg = Config(dict(model=ALGORITHMS['mocov3'], evaluation=evaluation(root)))
+    cfg.evaluation.val = dict(
+        type='BundledPhotos', split='val', pipeline=cfg.evaluation.val.pipeline, **data, **counts
+    )
+    hook = dict(type='EquivarianceHook', num_images=8, transformations=['rot90'])
+    views = short_run.equivariant_views(equi_ratio=0.5)
+    return short_run.run(cfg.model, views, root, f'{folder}/run', 1, hooks=[hook], cfg=cfg)[1]
+
+
+@pytest.mark.slow
+def test_hook_of_two_ranks_logs_once(imagenet_tree, tmp_path):
+    states = on_two_ranks(_watch, str(imagenet_tree), str(tmp_path))
+    assert [len(own) for own in states] == [3, 3]
+    (file,) = tmp_path.glob('run/*/vis_data/scalars.json')
+    logged = [line for line in file.read_text().splitlines() if 'equivariance/rot90/r2_1' in line]
+    assert len(logged) == 1
+
+
 @pytest.mark.slow
 def test_tool_on_networks_of_two_configs(imagenet_tree, tmp_path):
     configs = []
-    for name in ('ser_mocov3', 'mocov3'):
+    for name, side in dict(ser_mocov3=64, mocov3=48).items():
         cfg = Config.fromfile(ROOT / f'configs/demo/{name}.py')
         cfg.evaluation = evaluation(imagenet_tree)
+        cfg.evaluation.val.pipeline[1]['crop_size'] = side
         model = MODELS.build(cfg.model)
         model.init_weights()
         (tmp_path / name).mkdir()
@@ -198,6 +221,10 @@ def test_tool_on_networks_of_two_configs(imagenet_tree, tmp_path):
     untrained = ['untrained, ser_mocov3', 'untrained, mocov3']
     assert sorted(result) == sorted([*untrained, 'ser_mocov3', 'mocov3'])
     assert all(len(scores['rot90']) == 6 for scores in result.values())
+    table = (tmp_path / 'out' / 'equivariance.md').read_text()
+    for name, tokens in dict(ser_mocov3=64, mocov3=36).items():  # each has its own chance
+        (row,) = (line for line in table.splitlines() if f'| rot90, chance, {name} ' in line)
+        assert row.count(f'{1 / tokens:.3f}') == 6
     assert (tmp_path / 'out' / 'equivariance.png').stat().st_size > 10000
     run = subprocess.run([*tool, configs[1]], text=True, stderr=subprocess.PIPE)
     assert run.returncode == 2 and 'is no config (.py)' in run.stderr

@@ -103,14 +103,22 @@ def main() -> None:
         with token_maps_of(backbone) as token_maps:
             results[name] = equivariance_by_layer(token_maps, batches, args.transformations)
 
-    shown = {'r2': results, 'retrieval': {**results, 'chance': next(iter(results.values()))}}
+    # Chance depends on the number of tokens, which networks may differ in.
+    distinct = {}
+    for name, scores in results.items():
+        distinct[str([[x['chance'] for x in layers] for layers in scores.values()])] = name
+    chances = {
+        'chance' if len(distinct) == 1 else f'chance, {name}': results[name]
+        for name in distinct.values()
+    }
+    shown = {'r2': results, 'retrieval': {**results, **chances}}
     panels, tables = {}, []
     for key, scored in shown.items():
         rows = []
         for moves in args.transformations:
             curves = panels[f'{TITLES[key]}, {moves}'] = {}
             for name, scores in scored.items():
-                values = [layer['chance' if name == 'chance' else key] for layer in scores[moves]]
+                values = [layer['chance' if name in chances else key] for layer in scores[moves]]
                 curves[name] = [(i + 1, value, 0.0) for i, value in enumerate(values)]
                 rows.append([f'{moves}, {name}', *values])
         depth = max(map(len, rows)) - 1

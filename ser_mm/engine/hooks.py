@@ -179,9 +179,8 @@ class EquivarianceHook(Hook):
         self.interval = interval
         self.transformations = tuple(transformations)
 
-    @master_only
     def before_train(self, runner: Runner) -> None:
-        """Read the images once."""
+        """Read the images once, on all ranks: to build a data set may need all of them."""
         # Imported here, as training without this hook does not need what evaluation does.
         from ser_mm.evaluation.equivariance import spaced_images
 
