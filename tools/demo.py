@@ -35,6 +35,7 @@ from ser_mm.evaluation import (
     knn_probe,
     linear_probe,
 )
+from ser_mm.evaluation.command import make_table
 from ser_mm.visualization import (
     draw_losses,
     draw_token_maps,
@@ -143,9 +144,9 @@ def evaluate(cfg: Config, seed: int, checkpoint: str | None, layer: int, splits:
     )
 
 
-def make_table(results: dict[str, list[dict]]) -> str:
+def summarize(results: dict[str, list[dict]]) -> str:
     """Markdown table of the results: mean and, over several seeds, standard deviation."""
-    lines = [['', *(title for title, _ in COLUMNS.values())]]
+    rows = []
     for arm, runs in results.items():
         cells = []
         for key, (_, form) in COLUMNS.items():
@@ -154,13 +155,8 @@ def make_table(results: dict[str, list[dict]]) -> str:
             if len({str(value) for value in values}) > 1:
                 cell += f' ± {format(statistics.stdev(values), form)}'
             cells.append(cell.replace('nan', '-'))
-        lines.append([arm, *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])
-    return '\n'.join(
-        '| ' + ' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + ' |'
-        for line in lines
-    )
+        rows.append([arm, *cells])
+    return make_table(['', *(title for title, _ in COLUMNS.values())], rows)
 
 
 def draw(out: Path, arms: dict[str, Config], seed: int, layer: int, val: tuple) -> None:
@@ -213,7 +209,7 @@ def main() -> None:
         f'Steps: median, all arms running at once on {cores} cores.',
         '"views only" is SER with its gradient cut.',
     ]
-    table = f'{make_table(results)}\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
+    table = f'{summarize(results)}\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
     (out / 'table.md').write_text(table)
     (out / 'results.json').write_text(json.dumps(dict(seeds=args.seeds, results=results), indent=1))
     print(f'\n{table}\nTable, results and figures are in {out} ({time.monotonic() - start:.0f} s).')

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from demo import ARMS, CONFIGS, finished, train
+from demo import ARMS, CONFIGS
 from mmdet.apis import inference_detector, init_detector
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config, DictAction
@@ -25,6 +25,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from ser_mm.datasets import write_bundled_digits
+from ser_mm.engine.runs import finished, train
+from ser_mm.evaluation.command import make_table
 from ser_mm.visualization import draw_detections
 
 METRICS = {'coco/bbox_mAP': 'box mAP', 'coco/bbox_mAP_50': 'box AP50', 'coco/segm_mAP': 'mask mAP'}
@@ -132,17 +134,17 @@ def draw(file: Path, arms: dict[str, Config]) -> None:
     draw_detections(images, found, data.metainfo.classes, file)
 
 
-def make_table(results: dict[str, list[dict]]) -> str:
+def summarize(results: dict[str, list[dict]]) -> str:
     """Markdown table of the metrics: mean and, over several seeds, standard deviation."""
-    lines = [['backbone', *METRICS.values()], ['---', *('---:' for _ in METRICS)]]
+    rows = []
     for arm, runs in results.items():
         cells = []
         for key in METRICS:
             values = [run[key] for run in runs]
             deviation = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
             cells.append(f'{statistics.mean(values):.3f}{deviation}')
-        lines.append([arm, *cells])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+        rows.append([arm, *cells])
+    return make_table(['backbone', *METRICS.values()], rows)
 
 
 def main() -> None:
@@ -179,7 +181,7 @@ def main() -> None:
         'mAP over IoU 0.5 to 0.95, by pycocotools.',
         '"views only" is pretraining with SER\'s views and its gradient cut.',
     ]
-    table = f'{make_table(results)}\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
+    table = f'{summarize(results)}\n\n' + '\n'.join(f'- {note}' for note in notes) + '\n'
     (out / 'table.md').write_text(table)
     (out / 'results.json').write_text(json.dumps(dict(seeds=args.seeds, results=results), indent=1))
     print(
