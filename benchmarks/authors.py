@@ -13,6 +13,7 @@ update. Without a GPU the release, written for one, is run on the CPU by mapping
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,17 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from step import (
-    ROOT,
-    Variant,
-    add_step_arguments,
-    memory_column,
-    prepare,
-    report,
-    take_turns,
-)
+from mmengine.device import get_device
+from step import ROOT, STEP_COLUMNS, add_step_arguments, prepare, report, step_cells
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+
+from ser_mm.evaluation.command import make_table
+from ser_mm.evaluation.cost import TrainingStep, take_turns
 
 
 class OnCPU(TorchFunctionMode):
@@ -79,7 +76,8 @@ class Release:
             world_size=1,
             batch_size=args.batch_size,
         )
-        self.cuda = torch.device(args.device).type == 'cuda'
+        self.cuda = get_device() == 'cuda'
+        torch.backends.cudnn.benchmark = self.cuda  # as they have it; for all that is compared
         backbone = vision_transformer.vit_small
         model = builder.moco.MoCo_ViT(self.options, backbone, 256, 4096, 0.2)
         if self.cuda:
@@ -89,15 +87,20 @@ class Release:
         self.scaler = torch.GradScaler(device='cuda', enabled=self.cuda)
         self.augment = builder.utils.Aug_equi(0, self.options)
         self.mean, self.std = (
-            torch.tensor(value, device=args.device).view(1, 3, 1, 1)
+            torch.tensor(value, device=get_device()).view(1, 3, 1, 1)
             for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         )
         shape = args.batch_size, 3, 224, 224
         self.images = [torch.rand(shape, pin_memory=self.cuda) for _ in range(2)]
         self.in_b1 = args.batch_size - round(args.equi_ratio * args.batch_size)
 
-    def step(self) -> None:
-        """One training step, as in their loop."""
+    def __call__(self) -> None:
+        """One training step; without a GPU, on the CPU."""
+        with contextlib.nullcontext() if self.cuda else OnCPU():
+            self._step()
+
+    def _step(self) -> None:
+        """As in their loop."""
         torch.manual_seed(0)
         self.augment.set_seed(0)  # the same sizes of b2 in every step
         loss, *parts, _, _ = self.train_step(
@@ -119,11 +122,6 @@ class Release:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def step_on_cpu(self) -> None:
-        """One training step without a GPU."""
-        with OnCPU():
-            self.step()
 
 
 def mmpretrain_config() -> Config:
@@ -152,30 +150,25 @@ def main() -> None:
         )
 
     prepare()
-    ours = ROOT / 'configs/ser_mocov3_vits16_device_views.py'
-    variants = {
-        "MMPretrain's MoCo v3": Variant(mmpretrain_config(), False, args).step,
-        'SER, photometry on the device': Variant(ours, False, args).step,
-    }
+    ours = Config.fromfile(ROOT / 'configs/ser_mocov3_vits16_device_views.py')
     with tempfile.TemporaryDirectory() as folder:
-        backend = 'nccl' if torch.device(args.device).type == 'cuda' else 'gloo'
+        backend = 'nccl' if get_device() == 'cuda' else 'gloo'
         dist.init_process_group(backend, f'file://{folder}/store', rank=0, world_size=1)
-        release = Release(args.release.resolve(), args)
-        variants["the authors' release"] = release.step if release.cuda else release.step_on_cpu
-        rows = take_turns(variants, args)
+        variants = {
+            "MMPretrain's MoCo v3": TrainingStep(mmpretrain_config(), args.batch_size),
+            'SER, photometry on the device': TrainingStep(ours, args.batch_size, args.equi_ratio),
+            "the authors' release": Release(args.release.resolve(), args),
+        }
+        rows = take_turns(variants, args.steps, args.warmup)
         dist.destroy_process_group()
     about = dict(
         batch_size=args.batch_size,
         b2=round(args.equi_ratio * args.batch_size),
         steps=args.steps,
     )
-    report(args.out, about, rows, args.device)
-    print('| | s / step | images / s | time | memory |\n|---|---|---|---|---|')
-    for name, row in rows.items():
-        print(
-            f'| {name} | {row["seconds"]:.3f} | {row["images_per_second"]:.1f} '
-            f'| {row["time_ratio"]:.3f}x | {memory_column(row)} |'
-        )
+    report(args.out, about, rows)
+    table = [[name, *step_cells(row, args.batch_size)] for name, row in rows.items()]
+    print(make_table(STEP_COLUMNS, table))
 
 
 if __name__ == '__main__':

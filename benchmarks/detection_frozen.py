@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, frozen: bool) -> dict:
     cfg.model.backbone.init_cfg = None
     if not frozen:
         cfg.model.backbone.frozen_stages = -1
-    model = MODELS.build(cfg.model).to(args.device)
+    model = MODELS.build(cfg.model).to(get_device())
     model.init_weights()
     model.train()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -65,11 +65,11 @@ def measure(args: argparse.Namespace, frozen: bool) -> dict:
     for step in range(-1, args.steps):  # the first one is the warm-up
         start = time.perf_counter()
         model.train_step(batch, optim_wrapper)
-        if args.device == 'cuda':
+        if get_device() == 'cuda':
             torch.cuda.synchronize()
         if step >= 0:
             seconds.append(time.perf_counter() - start)
-    if args.device == 'cuda':
+    if get_device() == 'cuda':
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -136,13 +136,12 @@ def main() -> None:
     parser.add_argument('--size', type=int, nargs=2, default=[800, 1333], metavar=('H', 'W'))
     parser.add_argument('--steps', type=int, default=5, help='counted steps of each variant')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--device', default=get_device())
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmarks/detection.json'))
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     about = dict(
-        device=device_name(args.device),
+        device=device_name(),
         torch=torch.__version__,
         ser_mm=ser_mm.__version__,
         config=args.config.stem,

@@ -64,11 +64,11 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict:
     """
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    cuda = torch.device(args.device).type == 'cuda'
+    cuda = get_device() == 'cuda'
 
     def run(number: int) -> tuple[float, int, float]:
         shape = number // SIDE**2, args.channels, SIDE, SIDE
-        maps = [torch.randn(shape, device=args.device) for _ in range(4)]
+        maps = [torch.randn(shape, device=get_device()) for _ in range(4)]
         for x in maps[:2]:  # as with a momentum branch: keys need no gradient
             x.requires_grad_()
             x.grad = torch.zeros_like(x)
@@ -108,9 +108,9 @@ def _of_process(field: str, path: str = '/proc/self/status') -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f'{field}:'))
 
 
-def available_memory(device: str) -> int:
-    """Bytes that are free on a device."""
-    if torch.device(device).type == 'cuda':
+def available_memory() -> int:
+    """Bytes that are free on the device."""
+    if get_device() == 'cuda':
         return torch.cuda.mem_get_info()[0]
     return _of_process('MemAvailable', '/proc/meminfo')
 
@@ -145,7 +145,6 @@ def main() -> None:
     parser.add_argument('--channels', type=int, default=512)
     parser.add_argument('--repeats', type=int, default=3, help='calls of each (default: 3)')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--device', default=get_device())
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmarks/loss.json'))
     args = parser.parse_args()
     wrong = [tokens for tokens in args.tokens if tokens < 2 * SIDE**2 or tokens % SIDE**2]
@@ -160,13 +159,13 @@ def main() -> None:
     for tokens in args.tokens:
         rows[tokens] = {}
         for name in LOSSES:
-            fits = name != 'direct' or MATRICES * 4 * tokens**2 < available_memory(args.device)
+            fits = name != 'direct' or MATRICES * 4 * tokens**2 < available_memory()
             with ProcessPoolExecutor(1, mp_context=spawn) as process:
                 result = process.submit(measure, name, tokens, args).result() if fits else None
             rows[tokens][name] = result
             print(f'{tokens} tokens, {name}: {result or "left out, would not fit"}', flush=True)
     about = dict(channels=args.channels, threads=args.threads, repeats=args.repeats)
-    report(args.out, about, rows, args.device)
+    report(args.out, about, rows)
     plot(rows, args.out.with_suffix('.png'))
     print('| tokens | SERHead | direct | SERHead, peak memory | direct, peak memory |')
     print('|---|---|---|---|---|')

@@ -27,6 +27,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from step import ROOT, prepare, report
 
+from ser_mm.evaluation.command import make_table
+
 SIZE = 500, 375
 PIPELINES = {
     "MMPretrain's MoCo v3": 'mocov3_vits16.py',
@@ -58,9 +60,12 @@ def write_jpegs(folder: Path) -> list[Path]:
 def photometry_on_device(batch: list[dict], args: argparse.Namespace) -> float:
     """Seconds per image that the preprocessor takes, photometry included, for a whole batch."""
     cfg = Config.fromfile(ROOT / 'configs' / PIPELINES['SER, photometry on the device'])
-    preprocessor = MODELS.build(cfg.model.data_preprocessor).to(args.device)
+    preprocessor = MODELS.build(cfg.model.data_preprocessor).to(get_device())
     data = default_collate(batch)
-    synchronize = torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None
+    cuda = get_device() == 'cuda'
+    if cuda:
+        data['inputs'] = [x.pin_memory() for x in data['inputs']]
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     seconds = []
     for _ in range(args.repeats + 1):
         synchronize()
@@ -81,7 +86,6 @@ def main() -> None:
         '--batch-size', type=int, default=256, help='of the photometry on the device'
     )
     parser.add_argument('--repeats', type=int, default=5, help='of the photometry on the device')
-    parser.add_argument('--device', default=get_device(), help='of the photometry')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmarks/pipeline.json'))
     args = parser.parse_args()
     prepare()
@@ -124,13 +128,17 @@ def main() -> None:
         batch_size=args.batch_size,
         device_milliseconds_per_image=round(1000 * on_device, 4),
     )
-    report(args.out, about, rows, args.device)
-    print('| pipeline | ms / image | images / s and core | |\n|---|---|---|---|')
-    for name, row in rows.items():
-        print(
-            f'| {name} | {row["milliseconds"]:.2f} | {row["images_per_second"]:.0f} '
-            f'| {row["speedup"]:.2f}x |'
-        )
+    report(args.out, about, rows)
+    table = [
+        [
+            name,
+            f'{row["milliseconds"]:.2f}',
+            f'{row["images_per_second"]:.0f}',
+            f'{row["speedup"]:.2f}x',
+        ]
+        for name, row in rows.items()
+    ]
+    print(make_table(['pipeline', 'ms / image', 'images / s and core', ''], table))
 
 
 if __name__ == '__main__':

@@ -27,6 +27,16 @@ def test_loss(tmp_path):
         assert row['SERHead']['loss'] == pytest.approx(row['direct']['loss'], rel=1e-5)
 
 
+def test_step(tmp_path):
+    out = tmp_path / 'step.json'
+    sizes = ['--batch-size', 4, '--equi-ratio', 0.5, '--steps', 1, '--warmup', 0]
+    table = run('step.py', *sizes, '--out', out).stdout
+    rows = json.loads(out.read_text())['variants']
+    assert list(rows) == [line.split('|')[1].strip() for line in table.splitlines()[-4:]]
+    assert rows['SER']['operators'] < rows['SER, two passes']['operators']
+    assert rows['SER']['flops'] == rows['SER, two passes']['flops']
+
+
 def test_pipeline(tmp_path):
     out = tmp_path / 'pipeline.json'
     run('pipeline.py', '--images', 2, '--batch-size', 2, '--repeats', 1, '--out', out)

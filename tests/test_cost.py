@@ -4,17 +4,16 @@ import json
 import resource
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import short_run
 from algorithms import ALGORITHMS, EMBED_DIMS, IMAGE, PATCH, build, two_views
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from ser_mm.evaluation.cost import OperatorCounter, count_step
+from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
@@ -105,19 +104,19 @@ def test_tool_tells_that_ser_costs_at_most_3_in_1000(tmp_path):
 
 @pytest.mark.slow
 def test_one_pass_for_b1_and_b2_costs_few_operators():
-    from step import Variant
+    from step import use_two_passes
 
     init_default_scope('mmpretrain')
     MMLogger.get_instance('cost', log_level='ERROR')
-    MessageHub.get_current_instance().update_info('max_iters', 10)
-    args = Namespace(batch_size=4, equi_ratio=0.5, device='cpu')
-    ser, baseline = (ROOT / 'configs' / f'{name}mocov3_vits16.py' for name in ('ser_', ''))
+    ser, baseline = (
+        Config.fromfile(ROOT / 'configs' / f'{name}mocov3_vits16.py') for name in ('ser_', '')
+    )
     counts = {
-        name: Variant(config, two_passes, args).count()
-        for name, config, two_passes in [
-            ('baseline', baseline, False),
-            ('packed', ser, False),
-            ('two passes', ser, True),
+        name: TrainingStep(cfg, 4, 0.5, change).count()
+        for name, cfg, change in [
+            ('baseline', baseline, None),
+            ('packed', ser, None),
+            ('two passes', ser, use_two_passes),
         ]
     }
     operators = {name: row['operators'] for name, row in counts.items()}

@@ -8,7 +8,6 @@ the step is run too, for its time and, on a GPU, its memory.
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mmengine.registry import init_default_scope
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ser_mm.evaluation.cost import TrainingStep, count_step
+from ser_mm.evaluation.cost import TrainingStep, count_step, take_turns
 
 PARTS = {
     'b2': 'images of b2 in the network, in place of as many of b1',
@@ -58,19 +57,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure(cfgs: dict[str, Config], batch_size: int, steps: int) -> dict[str, dict]:
-    """Median seconds and memory of a step of each config; their steps take turns."""
-    runs = {name: TrainingStep(cfg, batch_size) for name, cfg in cfgs.items()}
-    for i in range(steps + 2):  # the first two warm up
-        for run in runs.values():
-            run()
-        print(f'step {i + 1} of {steps + 2}', file=sys.stderr, flush=True)
-    return {
-        name: dict(seconds=statistics.median(run.seconds[2:]), memory=run.memory)
-        for name, run in runs.items()
-    }
-
-
 def main() -> None:
     """Count, print tables, and write JSON."""
     args = parse_args()
@@ -82,7 +68,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f'error: {error}')
     if args.measure:
-        for name, row in measure(cfgs, args.batch_size, args.steps).items():
+        runs = {name: TrainingStep(cfg, args.batch_size) for name, cfg in cfgs.items()}
+        for name, row in take_turns(runs, args.steps).items():
             rows[name].update(row)
     baseline, config = rows.values()
 
@@ -95,7 +82,7 @@ def main() -> None:
         'parameters': ('parameters, all branches', '{:,}'.format),
         'trainable': ('trainable parameters', '{:,}'.format),
         'seconds': ('seconds', '{:.4f}'.format),
-        'memory': ('MiB of activations and gradients', lambda x: f'{x / 2**20:,.0f}'),
+        'memory': ('MiB, peak', lambda x: f'{x / 2**20:,.0f}'),
     }
     for key, (title, form) in formats.items():
         if config.get(key) is not None:

@@ -1,9 +1,11 @@
 """What a training step costs: counts that no machine changes, and, where it can run, its time."""
 
 import math
+import statistics
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -205,48 +207,126 @@ def _count(model: nn.Module, inputs: Callable[[], list]) -> dict[str, int]:
 class TrainingStep:
     """Real training steps of a config on one batch of random images.
 
-    The step is that of MMEngine: preprocessing, forward, backward, optimizer and moving average.
+    A step is that of MMEngine: preprocessing, forward, backward, optimizer and moving average.
 
     Args:
         cfg (Config): Config of a run.
-        batch_size (int): Images, b1 and b2 together; of b2, ``equi_ratio * batch_size``, rounded.
+        batch_size (int): Images, b1 and b2 together.
+        equi_ratio (float, optional): Share of the images in b2. Defaults to None: that of the
+            config's pipeline.
+        change (Callable[[nn.Module], None], optional): Called with the initialized model, to try
+            what no config asks for. Defaults to None.
 
     Attributes:
-        seconds (list[float]): Time of each call.
-        memory (int | None): Bytes that the last call allocated beyond what was there before, at
-            most at one time: activations and gradients. None without a GPU.
+        model (nn.Module): The model.
+        optimizer (Optimizer): Its optimizer.
     """
 
-    def __init__(self, cfg: Config, batch_size: int) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        batch_size: int,
+        equi_ratio: float | None = None,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         cfg = deepcopy(cfg)
         adapt_to_device(cfg)
         views, ratio = _views(cfg)
+        torch.manual_seed(0)
         self.model = MODELS.build(cfg.model)
         self.model.init_weights()
+        if change is not None:
+            change(self.model)
         self.model.to(get_device()).train()
         self.optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
+        self.optimizer = self.optim_wrapper.optimizer
         MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0, max_iters=10000))
-        inputs = [torch.randint(256, (batch_size, 3, *view), dtype=torch.uint8) for view in views]
+        pinned = get_device() == 'cuda'
+        inputs = [
+            torch.randint(256, (batch_size, 3, *view), dtype=torch.uint8, pin_memory=pinned)
+            for view in views
+        ]
         if hasattr(self.model, 'ser_head'):
             record = torch.full((batch_size, 2), NOT_IN_B2)
-            in_b2 = round(ratio * batch_size)
+            in_b2 = round((ratio if equi_ratio is None else equi_ratio) * batch_size)
             record[batch_size - in_b2 :] = torch.randint(NUM_ELEMENTS, (in_b2, 2))
             inputs.append(record)
         self.batch = dict(inputs=inputs, data_samples=None)
-        self.seconds: list[float] = []
-        self.memory: int | None = None
 
     def __call__(self) -> None:
         """Train for one step."""
         torch.manual_seed(0)  # the same grids of b2 in every step
-        cuda = get_device() == 'cuda'
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
         self.model.train_step(self.batch, self.optim_wrapper)
-        if cuda:
-            torch.cuda.synchronize()
-            self.memory = torch.cuda.max_memory_allocated() - before
-        self.seconds.append(time.perf_counter() - start)
+
+    def count(self) -> dict[str, int]:
+        """``operators`` and ``flops`` of forward, loss and backward, counted as they run."""
+        torch.manual_seed(0)
+        averages = [m for m in self.model.modules() if hasattr(m, 'update_parameters')]
+        for average in averages:
+            average.update_parameters = lambda model: None
+        data = self.model.data_preprocessor(self.batch, True)
+        flops = FlopCounterMode(display=False)
+        with OperatorCounter() as operators, flops, self.optim_wrapper.optim_context(self.model):
+            loss, _ = self.model.parse_losses(self.model(**data, mode='loss'))
+            loss.backward()
+        self.model.zero_grad()
+        for average in averages:
+            del average.update_parameters
+        return dict(operators=operators.counts.total(), flops=flops.get_total_flops())
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 2
+) -> dict[str, dict]:
+    """Time training steps, one of each after the other, so that ratios are of neighbours.
+
+    They hold when the speed of the machine drifts. Progress is written to stderr.
+
+    Args:
+        steps (Mapping[str, Callable[[], None]]): Run a step each; with ``model`` and
+            ``optimizer``, as :class:`TrainingStep` has.
+        rounds (int): Steps of each that count.
+        warmup (int): Steps of each before those. Defaults to 2.
+
+    Returns:
+        dict[str, dict]: By name, the median ``seconds``; ``time_ratios`` to the first, by round,
+        and ``time_ratio``, their median; on a GPU, ``memory``, the peak in bytes of weights,
+        optimizer and step, and ``memory_ratio``.
+    """
+    cuda = get_device() == 'cuda'
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    times = {name: [] for name in steps}
+    memory = dict.fromkeys(steps)
+    for i in range(warmup + rounds):
+        for name, step in steps.items():
+            synchronize()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+            if cuda:
+                used = torch.cuda.max_memory_allocated() - before
+                memory[name] = used + _held_bytes(step.model, step.optimizer)
+        print(f'round {i + 1} of {warmup + rounds}', file=sys.stderr, flush=True)
+    rows, first = {}, next(iter(steps))
+    for name in steps:
+        ratios = [a / b for a, b in zip(times[name], times[first], strict=True)]
+        rows[name] = dict(
+            seconds=statistics.median(times[name]),
+            time_ratio=statistics.median(ratios),
+            time_ratios=ratios,
+            memory=memory[name],
+            memory_ratio=memory[name] / memory[first] if cuda else None,
+        )
+    return rows
+
+
+def _held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of weights, buffers and the state of the optimizer."""
+    state = [x for values in optimizer.state.values() for x in values.values()]
+    tensors = [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, state)]
+    return sum(x.nbytes for x in tensors)
