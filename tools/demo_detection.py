@@ -107,7 +107,7 @@ def read_metrics(cfg: Config) -> dict[str, float]:
 
 
 def draw(file: Path, arms: dict[str, Config]) -> None:
-    """Draw the truth and what each detector finds on the first validation images."""
+    """Draw the first validation images: the truth, and as many of each detector's best guesses."""
     cfg = next(iter(arms.values()))
     data = cfg.val_dataloader.dataset
     truth = CocoDataset(
@@ -126,9 +126,9 @@ def draw(file: Path, arms: dict[str, Config]) -> None:
     for arm, cfg in arms.items():
         detector = init_detector(cfg, finished(cfg), device=get_device())
         found[arm] = []
-        for image in images:
+        for image, (objects, *_) in zip(images, found['truth'], strict=True):
             instances = inference_detector(detector, image[..., ::-1].copy()).pred_instances.cpu()
-            instances = instances[instances.scores > 0.5]
+            instances = instances[instances.scores.argsort(descending=True)[: len(objects)]]
             masks = instances.masks.numpy().astype(np.uint8)
             found[arm].append((instances.bboxes, instances.labels.tolist(), masks))
     draw_detections(images, found, data.metainfo.classes, file)
