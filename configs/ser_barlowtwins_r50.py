@@ -10,7 +10,7 @@ model = dict(
     algorithm=algorithm,
     neck=dict(type='SERNeck', in_channels=1024),
     head=dict(type='SERHead', temperature=0.4),
-    loss_weight=1.0,
+    loss_weight=1.0,  # README, Results: little beside the loss of Barlow Twins
     data_preprocessor=dict(_base_.data_preprocessor, type='SERDataPreprocessor'),
 )
 
