@@ -37,6 +37,13 @@ def test_step(tmp_path):
     assert rows['SER']['flops'] == rows['SER, two passes']['flops']
 
 
+def test_gradients(tmp_path):
+    out = tmp_path / 'gradients.json'
+    config = ROOT / 'configs' / 'demo' / 'ser_mocov3.py'
+    run('gradients.py', config, '--batches', 1, '--out', out)
+    assert all(row['gradient'] > 0 for row in json.loads(out.read_text())['variants'].values())
+
+
 def test_pipeline(tmp_path):
     out = tmp_path / 'pipeline.json'
     run('pipeline.py', '--images', 2, '--batch-size', 2, '--repeats', 1, '--out', out)

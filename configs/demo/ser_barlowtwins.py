@@ -10,7 +10,7 @@ model = dict(
     algorithm=algorithm,
     neck=dict(type='SERNeck', in_channels=96, hid_channels=128, out_channels=128),
     head=dict(type='SERHead', temperature=0.4),
-    loss_weight=50.0,  # at 1, SER's gradient would be 1/56 of that of Barlow Twins' loss
+    loss_weight=50.0,  # at 1, its gradient would be small: benchmarks/gradients.py
     data_preprocessor=dict(_base_.data_preprocessor, type='SERDataPreprocessor', patch_size=8),
 )
 
