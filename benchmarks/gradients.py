@@ -1,8 +1,8 @@
 """How much SER's loss weighs in the gradient, beside that of the algorithm that it is added to.
 
-The norms are of the gradient of each loss, weighted as in the config, in the blocks of the ViT before
-the token map, on batches of the config's data: what both losses pull at. Reported are medians, as a batch
-has few images of b2.
+The norms are of the gradient of each loss, weighted as in the config, in the blocks of the ViT
+before the token map: what both losses pull at. They are medians over batches of the config's
+data, as one batch has few images of b2.
 
     python benchmarks/gradients.py configs/demo/ser_barlowtwins.py --checkpoint SER/epoch_8.pth
 """
