@@ -107,6 +107,25 @@ def test_a_rank_without_b2_still_runs_its_pass():
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize('n1', [3, 0])
+def test_b2_is_computed_in_float32_in_mixed_precision(n1):
+    """And b1 where a rank has none, as ranks with and without images exchange statistics."""
+    network, seen = build(), []
+    for norm in (network.bn1, network.layer4[1].bn2):
+        norm.register_forward_hook(lambda module, args, _: seen.append(args[0].dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        (out,) = network(view(n1=n1))
+    base = torch.bfloat16 if n1 else torch.float32
+    assert seen == [base, base, torch.float32, torch.float32]
+    out.sum().backward()
+
+
+def test_refuses_checkpointing_of_blocks_that_run_twice():
+    with pytest.raises(ValueError, match='with_cp=True cannot be used with ser_layer'):
+        build(with_cp=True)
+    build(with_cp=True, ser_layer=None)
+
+
 @pytest.mark.parametrize('ser_layer', [0, 5])
 def test_refuses_a_stage_outside_the_network(ser_layer):
     with pytest.raises(ValueError, match=f'ser_layer={ser_layer} .* 1 to 4'):

@@ -22,7 +22,8 @@ class SERResNet(StrictPretrained, ResNet):
     ``ser_layer`` is left in the container.
 
     BatchNorm takes the statistics of each pass by itself, over all ranks where it is
-    synchronised. The running statistics are those of b1.
+    synchronised. The running statistics are those of b1. b2, a small share of the batch, is
+    computed in float32 in mixed precision too, as synchronised BatchNorm asks for.
 
     Args:
         depth (int): 18, 34, 50, 101 or 152, see ``ResNet``.
@@ -35,7 +36,7 @@ class SERResNet(StrictPretrained, ResNet):
         **kwargs: Those of ``ResNet``.
 
     Raises:
-        ValueError: If ``ser_layer`` is outside the network.
+        ValueError: If ``ser_layer`` is outside the network, or meets ``with_cp``.
     """
 
     def __init__(
@@ -53,6 +54,12 @@ class SERResNet(StrictPretrained, ResNet):
             raise ValueError(
                 f'SERResNet: ser_layer={ser_layer} is outside the network; choose a stage from 1 '
                 f'to {self.num_stages}.'
+            )
+        if self.with_cp and ser_layer is not None:
+            # Blocks run for b1 and b2. Computed again in the backward pass, those of b2 would
+            # change the running statistics, and DDP would see their parameters ready twice.
+            raise ValueError(
+                'SERResNet: with_cp=True cannot be used with ser_layer; leave one of them out.'
             )
         self.ser_layer = ser_layer
 
@@ -81,9 +88,9 @@ class SERResNet(StrictPretrained, ResNet):
         if not isinstance(x, ViewBatch):
             return super().forward(x)
         # Without images too: ranks meet in every synchronised norm, so none leaves out a pass.
-        with self._running_stats_kept(len(x.base) == 0):
+        with self._set_apart(len(x.base) == 0, x.base.device.type):
             base = self._stages(x.base)
-        with self._running_stats_kept():
+        with self._set_apart(True, x.equi.device.type):
             equi = self._stages(x.equi)
         if self.ser_layer is not None:
             x.token_maps[self] = equi[self.ser_layer - 1]
@@ -103,17 +110,21 @@ class SERResNet(StrictPretrained, ResNet):
         return maps
 
     @contextmanager
-    def _running_stats_kept(self, keep: bool = True) -> Iterator[None]:
-        """Leave the running statistics of BatchNorm as they are, if asked to."""
-        norms = [
-            m
-            for m in self.modules()
-            if keep and isinstance(m, _BatchNorm) and m.track_running_stats
-        ]
+    def _set_apart(self, apart: bool, device: str) -> Iterator[None]:
+        """Leave the running statistics of BatchNorm as they are, and compute in float32.
+
+        In float16 torch's synchronised BatchNorm refuses to go without running statistics, and a
+        rank without images sends statistics of another type than those with images.
+        """
+        if not apart:
+            yield
+            return
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         try:
             for norm in norms:
                 norm.track_running_stats = False
-            yield
+            with torch.autocast(device, enabled=False):
+                yield
         finally:
             for norm in norms:
                 norm.track_running_stats = True
