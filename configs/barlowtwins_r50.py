@@ -4,7 +4,11 @@ _base_ = ['barlowtwins_vits16.py']
 
 model = dict(
     backbone=dict(_delete_=True, type='SERResNet', depth=50),
-    neck=dict(in_channels=2048, with_avg_pool=True),
+    neck=dict(
+        in_channels=2048,
+        with_avg_pool=True,
+        init_cfg=dict(type='Kaiming', distribution='uniform', layer=['Linear']),
+    ),
 )
 
 # 0.2 per 256 images; --auto-scale-lr adapts it to another global batch.

@@ -2,10 +2,23 @@
 # ser_barlowtwins_vits16.py.
 _base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
 
+crop = dict(_base_.crop, interpolation='bicubic')
+view_pipeline1 = [crop, *_base_.photometry1, _base_.flip]
+view_pipeline2 = [crop, *_base_.photometry2, _base_.flip]
+train_pipeline = _base_.train_pipeline
+train_pipeline[1].update(transforms=[view_pipeline1, view_pipeline2])
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+
 model = dict(
     type='BarlowTwins',
     data_preprocessor=_base_.data_preprocessor,
-    backbone=dict(type='SERVisionTransformer', arch='deit-small', img_size=224, patch_size=16),
+    backbone=dict(
+        type='SERVisionTransformer',
+        arch='deit-small',
+        img_size=224,
+        patch_size=16,
+        linear_init='trunc_normal',
+    ),
     neck=dict(
         type='NonLinearNeck',
         in_channels=384,

@@ -2,7 +2,7 @@
 # the baseline of ser_dino_vits16.py.
 _base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
 
-crop = dict(_base_.crop, crop_ratio_range=(0.25, 1.0))
+crop = dict(_base_.crop, crop_ratio_range=(0.25, 1.0), interpolation='bicubic')
 view_pipeline1 = [crop, *_base_.photometry1, _base_.flip]
 view_pipeline2 = [crop, *_base_.photometry2, _base_.flip]
 train_pipeline = _base_.train_pipeline
@@ -19,6 +19,7 @@ model = dict(
         img_size=224,
         patch_size=16,
         drop_path_rate=0.1,
+        linear_init='trunc_normal',
     ),
     neck=dict(
         type='DINONeck',

@@ -2,6 +2,13 @@
 # MMPretrain's recipe (mocov3_resnet50_8xb512-amp-coslr-100e_in1k) at half its batch.
 _base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
 
+crop = dict(_base_.crop, crop_ratio_range=(0.2, 1.0))
+view_pipeline1 = [crop, *_base_.photometry1, _base_.flip]
+view_pipeline2 = [crop, *_base_.photometry2, _base_.flip]
+train_pipeline = _base_.train_pipeline
+train_pipeline[1].update(transforms=[view_pipeline1, view_pipeline2])
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+
 norm_cfg = dict(type='BN1d')
 temperature = 1.0
 model = dict(

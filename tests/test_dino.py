@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def flat_dino(fixed_norm=False):
             out_channels=10,
             fixed_norm=fixed_norm,
         ),
-        head=dict(type='DINOHead', out_channels=10, warmup_epochs=2),
+        head=dict(type='DINOHead', out_channels=10, warmup_epochs=3),
     )
     return build(config, max_iters=STEPS).double()
 
@@ -94,7 +95,7 @@ def test_three_steps_equal_an_independent_computation(views):
     student = weights_of(model.backbone, model.neck)
     teacher, center = {}, torch.zeros(10, dtype=torch.float64)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    temperatures = 0.04, 0.055, 0.07  # epochs 0, 1 and 2 of a warm-up over two
+    temperatures = 0.04, 0.055, 0.07  # the three epochs of the warm-up
     for step, inputs in enumerate(batches(views=views)):
         MessageHub.get_current_instance().update_info('epoch', step)
         loss = model.loss(list(inputs))['loss']
@@ -192,7 +193,8 @@ def test_two_ranks_agree_with_one():
 def test_temperature_follows_the_epoch_of_the_runner():
     head = DINOHead(out_channels=4, warmup_epochs=10)
     hub = MessageHub.get_current_instance()
-    for epoch, expected in {0: 0.04, 5: 0.055, 10: 0.07, 99: 0.07}.items():
+    schedule = np.linspace(0.04, 0.07, 10)  # as in DINO's release
+    for epoch, expected in [*enumerate(schedule), (10, 0.07), (99, 0.07)]:
         hub.update_info('epoch', epoch)
         assert head.current_teacher_temperature() == pytest.approx(expected)
     hub.update_info('epoch', 0)

@@ -284,6 +284,18 @@ def test_initialization_is_that_of_moco_v3():
     assert network.cls_token.std() < 2e-6
 
 
+def test_initialization_of_deit_and_dino():
+    network = SERVisionTransformer(**ARCH, ser_layer=2, linear_init='trunc_normal')
+    network.init_weights()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert not module.bias.any()
+    assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.4)
+    with pytest.raises(ValueError, match="linear_init='normal'; choose 'xavier'"):
+        SERVisionTransformer(**ARCH, linear_init='normal')
+
+
 def test_frozen_patch_embedding():
     network = vit(ser_layer=2, stop_grad_conv1=True)
     frozen = [n for n, p in network.named_parameters() if not p.requires_grad]

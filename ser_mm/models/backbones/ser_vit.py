@@ -40,15 +40,19 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         with_cp (bool): Compute the inside of each block again in the backward pass, which saves
             memory. MMEngine's ``activation_checkpointing`` wraps the forward of a block, which is
             not called here. Defaults to False.
-        init_cfg (dict | list[dict], optional): As None, Linear layers are initialized as in
-            MoCo v3: Xavier-uniform, with q, k and v as separate matrices. ``dict(type=
+        linear_init (str): How Linear layers and [CLS] start without ``init_cfg``. 'xavier', as in
+            MoCo v3: uniform, with q, k and v as separate matrices, and [CLS] next to 0.
+            'trunc_normal', as in DeiT and DINO: with a standard deviation of 0.02. Defaults to
+            'xavier'.
+        init_cfg (dict | list[dict], optional): As None, see ``linear_init``. ``dict(type=
             'Pretrained', checkpoint=..., prefix='backbone.')`` is strict: a parameter that is
             missing, unused or of another shape is an error. Defaults to None.
         **kwargs: Those of ``VisionTransformer``.
 
     Raises:
         ValueError: If a layer is outside the network, the image size is no multiple of the patch,
-            or [CLS] is asked for at an output before it is inserted.
+            [CLS] is asked for at an output before it is inserted, or there is no such
+            ``linear_init``.
     """
 
     def __init__(
@@ -59,10 +63,17 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         cls_layer: int | None = None,
         stop_grad_conv1: bool = False,
         with_cp: bool = False,
+        linear_init: str = 'xavier',
         init_cfg: dict | list | None = None,
         **kwargs,
     ) -> None:
         super().__init__(arch, *args, init_cfg=init_cfg, **kwargs)
+        if linear_init not in ('xavier', 'trunc_normal'):
+            raise ValueError(
+                f"SERVisionTransformer: linear_init='{linear_init}'; choose 'xavier' or "
+                "'trunc_normal'."
+            )
+        self.linear_init = linear_init
         depth = self.num_layers
         if ser_layer is not None and not 1 <= ser_layer <= depth:
             raise ValueError(
@@ -115,17 +126,22 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         return self.patch_embed.projection.stride[0]
 
     def init_weights(self) -> None:
-        """Initialize as in MoCo v3, by ``init_cfg``, or strictly from a checkpoint."""
+        """Initialize by ``linear_init``, by ``init_cfg``, or strictly from a checkpoint."""
         super().init_weights()
-        if self.init_cfg is None:
-            if self.cls_token is not None:
-                nn.init.normal_(self.cls_token, std=1e-6)
-            for name, module in self.named_modules():
-                if isinstance(module, nn.Linear):
-                    for matrix in module.weight.chunk(3 if name.endswith('qkv') else 1):
+        if self.init_cfg is not None:
+            return
+        xavier = self.linear_init == 'xavier'
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6 if xavier else 0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                for matrix in module.weight.chunk(3 if name.endswith('qkv') else 1):
+                    if xavier:
                         nn.init.xavier_uniform_(matrix)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+                    else:
+                        nn.init.trunc_normal_(matrix, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def train(self, mode: bool = True) -> 'SERVisionTransformer':
         """Set the mode, but of frozen stages, whose dropout and drop path stay off."""

@@ -31,7 +31,8 @@ class DINOHead(BaseModule):
         teacher_temperature (float): :math:`\tau_t` after the warm-up. Defaults to 0.07.
         warmup_teacher_temperature (float): :math:`\tau_t` in the first epoch.
             Defaults to 0.04.
-        warmup_epochs (int): Epochs over which :math:`\tau_t` grows linearly. Defaults to 10.
+        warmup_epochs (int): Epochs over which :math:`\tau_t` grows linearly; it is
+            ``teacher_temperature`` in the last of them, as in DINO's release. Defaults to 10.
         center_momentum (float): Weight of the old centre in the moving average. Defaults to 0.9.
 
     Raises:
@@ -95,7 +96,7 @@ class DINOHead(BaseModule):
     def current_teacher_temperature(self) -> float:
         """The teacher's temperature in the current epoch."""
         epoch = MessageHub.get_current_instance().get_info('epoch', 0)
-        share = min(epoch / self.warmup_epochs, 1) if self.warmup_epochs else 1
+        share = min(epoch / max(self.warmup_epochs - 1, 1), 1) if self.warmup_epochs else 1
         start = self.warmup_teacher_temperature
         return start + share * (self.teacher_temperature - start)
 
