@@ -1,9 +1,8 @@
 import torch
-from mmengine.dist import get_world_size
+from mmengine.dist import all_reduce, get_world_size
 from mmpretrain.models import LatentCrossCorrelationHead
 from mmpretrain.registry import MODELS
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as all_reduce_with_grad
 
 
 @MODELS.register_module()
@@ -34,6 +33,21 @@ class CrossCorrelationHead(LatentCrossCorrelationHead):
         with torch.autocast(input.device.type, enabled=False):
             view_1, view_2 = (self.bn(x.to(self.bn.running_mean.dtype)) for x in (input, target))
             correlation = view_1.T @ view_2 / (len(input) * get_world_size())
-            if get_world_size() > 1:
-                correlation = all_reduce_with_grad(correlation)
-            return self.loss_module(correlation)
+            return self.loss_module(_SumOverRanks.apply(correlation))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks, of which each goes on to the same loss.
+
+    The gradient is then the same on all ranks, and need not be sent around to be summed.
+    """
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        total = x.clone()
+        all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * get_world_size()

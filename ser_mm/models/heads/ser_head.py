@@ -130,7 +130,7 @@ def _gather_sizes(maps: Sequence[Tensor]) -> list[list[int]]:
     own = [len(maps[0]), *(x.shape[-2] * x.shape[-1] for x in maps)]
     if get_world_size() == 1:
         return [own]
-    return [row.tolist() for row in all_gather(torch.tensor(own, device=maps[0].device))]
+    return torch.stack(all_gather(torch.tensor(own, device=maps[0].device))).tolist()
 
 
 def _gather(tokens: Tensor, lengths: list[int]) -> list[Tensor]:
