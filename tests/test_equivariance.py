@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from two_ranks import on_two_ranks
 
+from ser_mm.engine import EquivarianceHook
 from ser_mm.evaluation.equivariance import (
     TRANSFORMATIONS,
     equivariance_by_layer,
@@ -141,12 +142,26 @@ def test_other_networks_give_the_maps_that_their_config_says():
 
 
 def test_bad_input_is_one_sentence():
-    with pytest.raises(ValueError, match="transformations has 'shear'; choose of rot90"):
+    with pytest.raises(
+        ValueError, match=r"transformations=\['shear'\]: choose one or more of rot90"
+    ):
         equivariance_by_layer(unmoved_by_turns, [photos()], ['shear'])
     with pytest.raises(ValueError, match='no image'):
         equivariance_by_layer(unmoved_by_turns, [])
     with pytest.raises(ValueError, match=r'gives \(12, 3\), not a token map'):
         equivariance_by_layer(lambda x: [x.mean(dim=(2, 3))], [photos()])
+
+
+def test_hook_refuses_what_it_could_not_score(imagenet_tree, tmp_path):
+    with pytest.raises(ValueError, match=r"transformations=\['rotate90'\]: choose one or more of"):
+        EquivarianceHook(transformations=['rotate90'])
+    cfg = Config(dict(model=ALGORITHMS['mocov3'], evaluation=evaluation(imagenet_tree)))
+    cfg.evaluation.val.pipeline[1].crop_size = (32, 48)
+    hook = dict(type='EquivarianceHook', num_images=2)
+    views = short_run.equivariant_views(equi_ratio=0.5)
+    with pytest.raises(ValueError, match='48 x 32 cannot be turned'):
+        short_run.run(cfg.model, views, imagenet_tree, tmp_path, hooks=[hook], cfg=cfg)
+    assert not list(tmp_path.glob('*.pth'))
 
 
 def evaluation(root):

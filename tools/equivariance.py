@@ -20,7 +20,13 @@ from mmengine.runner import set_random_seed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ser_mm.evaluation import build_backbone
-from ser_mm.evaluation.command import make_table, run, write_results
+from ser_mm.evaluation.command import (
+    check_evaluation,
+    make_table,
+    positive,
+    run,
+    write_results,
+)
 from ser_mm.evaluation.equivariance import (
     TRANSFORMATIONS,
     equivariance_by_layer,
@@ -44,10 +50,14 @@ def parse_args() -> argparse.Namespace:
         help='config with `evaluation`, its checkpoints, the next config, ...',
     )
     parser.add_argument('--names', nargs='+', help='of the checkpoints, in tables and curves')
-    parser.add_argument('--images', type=int, default=500, help='validation images (default: 500)')
-    parser.add_argument('--batch-size', type=int, default=64, help='default: 64')
+    parser.add_argument(
+        '--images', type=positive(int), default=500, help='validation images (default: 500)'
+    )
+    parser.add_argument('--batch-size', type=positive(int), default=64, help='default: 64')
     parser.add_argument('--num-workers', type=int, default=0, help='processes that read images')
-    parser.add_argument('--transformations', nargs='+', default=TRANSFORMATIONS)
+    parser.add_argument(
+        '--transformations', nargs='+', choices=TRANSFORMATIONS, default=TRANSFORMATIONS
+    )
     parser.add_argument('--seed', type=int, default=0, help='of the untrained network')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/equivariance'))
     parser.add_argument(
@@ -69,8 +79,6 @@ def parse_args() -> argparse.Namespace:
             args.pairs.append((config, item))
     if not args.pairs:
         parser.error(f'no checkpoint follows {args.networks[-1]}; name one.')
-    if min(args.images, args.batch_size) < 1:
-        parser.error('--images and --batch-size must be positive.')
     folders = [Path(checkpoint).parent.name for _, checkpoint in args.pairs]
     if len(set(folders)) < len(folders):
         folders = [checkpoint for _, checkpoint in args.pairs]
@@ -85,6 +93,9 @@ def main() -> None:
     args = parse_args()
     MMLogger.get_current_instance().setLevel('WARNING')
     cfgs = {config: Config.fromfile(config) for config, _ in args.pairs}
+    for cfg in cfgs.values():
+        cfg.merge_from_dict(args.cfg_options)
+        check_evaluation(cfg, ['val'])
     networks = {}
     for name, (config, checkpoint) in zip(args.names, args.pairs, strict=True):
         before = f'untrained, {Path(config).stem}' if len(cfgs) > 1 else 'untrained'
@@ -93,9 +104,8 @@ def main() -> None:
 
     results = {}
     for name, (config, checkpoint) in networks.items():
-        print(f'{name}: {args.images} images', flush=True)
+        print(f'{name}: {args.images} images at most', flush=True)
         cfg = cfgs[config]
-        cfg.merge_from_dict(args.cfg_options)
         init_default_scope(cfg.get('default_scope') or 'mmpretrain')
         set_random_seed(args.seed)
         backbone = build_backbone(cfg, checkpoint)

@@ -137,8 +137,8 @@ class NonFiniteLossHook(Hook):
             values = ', '.join(f'{name}={float(value):g}' for name, value in terms.items())
             raise FloatingPointError(
                 f'The loss is not finite at iteration {iteration}: {values}. Training stops; '
-                'checkpoints written before stay. Lower the learning rate, lengthen the warm-up or '
-                'clip gradients, and resume.'
+                'checkpoints written before stay. Lower the learning rate, lengthen the warm-up, '
+                "clip gradients or, in float16, set optim_wrapper.dtype='bfloat16', and resume."
             )
         self._pending = []
 
@@ -174,6 +174,10 @@ class EquivarianceHook(Hook):
                 f'EquivarianceHook: num_images={num_images} and interval={interval} must be '
                 'positive.'
             )
+        # Imported here, as training without this hook does not need what evaluation does.
+        from ser_mm.evaluation.equivariance import check_transformations
+
+        check_transformations(transformations)
         self.num_images = num_images
         self.split = split
         self.interval = interval
@@ -181,21 +185,26 @@ class EquivarianceHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Read the images once, on all ranks: to build a data set may need all of them."""
-        # Imported here, as training without this hook does not need what evaluation does.
         from ser_mm.evaluation.equivariance import spaced_images
 
         self._batches = list(spaced_images(runner.cfg, self.split, self.num_images))
+        self._score(runner, [self._batches[0][:1]])  # what cannot be scored fails before training
+
+    def _score(
+        self, runner: Runner, batches: list[torch.Tensor]
+    ) -> dict[str, list[dict[str, float]]]:
+        from ser_mm.evaluation.equivariance import equivariance_by_layer, token_maps_of
+
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        with token_maps_of(model.backbone) as token_maps:
+            return equivariance_by_layer(token_maps, batches, self.transformations)
 
     @master_only
     def after_train_epoch(self, runner: Runner) -> None:
         """Score and log."""
         if not self.every_n_epochs(runner, self.interval):
             return
-        from ser_mm.evaluation.equivariance import equivariance_by_layer, token_maps_of
-
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        with token_maps_of(model.backbone) as token_maps:
-            scores = equivariance_by_layer(token_maps, self._batches, self.transformations)
+        scores = self._score(runner, self._batches)
         scalars = {
             f'equivariance/{name}/{key}_{i + 1}': layer[key]
             for name, layers in scores.items()

@@ -1,3 +1,5 @@
+"""How equivariant token maps are: R2 and retrieval, of one map or of every layer."""
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +97,20 @@ def equivariance_score(
     return score.r2()
 
 
+def check_transformations(transformations: Sequence[str]) -> None:
+    """Check names of transformations.
+
+    Raises:
+        ValueError: If one is not of ``TRANSFORMATIONS``, or there is none.
+    """
+    unknown = sorted(set(transformations) - set(TRANSFORMATIONS))
+    if unknown or not transformations:
+        raise ValueError(
+            f'transformations={list(transformations)}: choose one or more of '
+            f'{", ".join(TRANSFORMATIONS)}.'
+        )
+
+
 @torch.no_grad()
 def equivariance_by_layer(
     token_maps: Callable[[Tensor], Sequence[Tensor]],
@@ -125,17 +141,18 @@ def equivariance_by_layer(
         dict[str, list[dict[str, float]]]: For each transformation, the scores of each layer.
 
     Raises:
-        ValueError: If there is no such transformation, no image, or a layer gives no map.
+        ValueError: If there is no such transformation, no image or one that is not square, or a
+            layer gives no map.
     """
-    unknown = sorted(set(transformations) - set(TRANSFORMATIONS))
-    if unknown:
-        raise ValueError(
-            f"equivariance_by_layer: transformations has '{unknown[0]}'; choose of "
-            f'{", ".join(TRANSFORMATIONS)}.'
-        )
+    check_transformations(transformations)
     rng = torch.Generator().manual_seed(seed)
     scores: dict[str, list[_Score]] = {}
     for x in batches:
+        if x.shape[-2] != x.shape[-1]:
+            raise ValueError(
+                f'equivariance_by_layer: images of {x.shape[-2]} x {x.shape[-1]} cannot be turned '
+                'in their grid; use square ones.'
+            )
         before = token_maps(x)
         odd = next((tuple(f.shape) for f in before if f.ndim != 4), None)
         if odd:
@@ -155,9 +172,7 @@ def equivariance_by_layer(
                 score.add(predicted, target.double())
                 score.search(predicted, target.double())
     if not scores:
-        raise ValueError(
-            'equivariance_by_layer: batches has no image, or transformations is empty.'
-        )
+        raise ValueError('equivariance_by_layer: batches has no image.')
     return {
         name: [
             dict(
@@ -232,8 +247,9 @@ def spaced_images(
         Tensor: Images, (N, 3, H, W), on the device.
     """
     preprocessor, loader = build_loader(cfg, split)
-    step = max(math.ceil(len(loader.dataset) / count), 1)
-    subset = Subset(loader.dataset, range(0, len(loader.dataset), step))
+    total = len(loader.dataset)
+    count = min(count, total)
+    subset = Subset(loader.dataset, [i * total // count for i in range(count)])
     for batch in DataLoader(
         subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
     ):
