@@ -56,14 +56,28 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
 
     Raises:
         pickle.UnpicklingError: If the file holds anything but tensors and plain data.
+        ValueError: If it is no checkpoint, or a damaged one.
     """
     data = mmengine.fileio.get(checkpoint)
-    if str(checkpoint).endswith('.safetensors'):
-        import safetensors.torch
+    try:
+        if str(checkpoint).endswith('.safetensors'):
+            import safetensors.torch
 
-        return safetensors.torch.load(data)
-    with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
-        content = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+            return safetensors.torch.load(data)
+        with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
+            content = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except (ImportError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # of many types, by where the file breaks off
+        raise ValueError(
+            f'{checkpoint} ({len(data)} bytes) cannot be read as a checkpoint, '
+            f'{type(error).__name__}: {error}; copy or write it again.'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'{checkpoint} holds a {type(content).__name__}, not weights by name; name a state '
+            'dict, or a checkpoint with one.'
+        )
     for key in ('state_dict', 'model', 'teacher'):
         content = content.get(key, content)
     return content

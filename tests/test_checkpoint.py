@@ -200,6 +200,18 @@ def test_getattr_in_a_checkpoint_reaches_nothing(tmp_path):
         read_weights(str(tmp_path / 'bad.pth'))
 
 
+@pytest.mark.parametrize('part', [0, 0.5, 0.99])
+def test_damaged_checkpoint(checkpoint, tmp_path, part):
+    data = checkpoint[0].read_bytes()
+    file = tmp_path / 'epoch_1.pth'
+    file.write_bytes(data[: int(part * len(data))])
+    with pytest.raises(ValueError, match=r'epoch_1\.pth \(\d+ bytes\) cannot be read'):
+        load(file)
+    torch.save(torch.ones(2), file)
+    with pytest.raises(ValueError, match=r'epoch_1\.pth holds a Tensor, not weights by name'):
+        load(file)
+
+
 def test_checkpoint_of_mmengine_is_read_without_trust(checkpoint):
     path, weights = checkpoint
     content = torch.load(path, weights_only=False)
