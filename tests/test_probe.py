@@ -271,6 +271,41 @@ def test_any_backbone_from_a_checkpoint_of_a_classifier(backbone, tmp_path):
             Embedder(cfg, None, blocks=4)
 
 
+@pytest.mark.parametrize(
+    'backbone, width',
+    [
+        (dict(type='DistilledVisionTransformer', arch='deit-tiny', img_size=32), 2 * 192),
+        (
+            dict(
+                type='MlpMixer',
+                arch=dict(embed_dims=32, num_layers=1, tokens_mlp_dims=8, channels_mlp_dims=8),
+                img_size=32,
+            ),
+            32,
+        ),
+        (dict(type='Conformer', arch='tiny'), 256 + 384),
+    ],
+)
+def test_outputs_of_other_shapes(backbone, width):
+    network = Embedder(Config(dict(model=dict(type='ImageClassifier', backbone=backbone))))
+    with torch.no_grad():
+        vectors = network(torch.randn(2, 3, 32, 32))
+    assert vectors.shape == (2, width) and vectors.isfinite().all()
+
+
+def test_more_blocks_than_there_are(checkpoint):
+    with pytest.raises(ValueError, match='blocks=5: the network has 4 blocks'):
+        Embedder(config('.'), checkpoint, blocks=5)
+
+
+@pytest.mark.parametrize(
+    'options', [('--k', '0'), ('--epochs', '0'), ('--temperature', '-1'), ('--lrs', '0')]
+)
+def test_numbers_that_make_no_sense(options, capsys):
+    assert tool('probe', 'a.py', 'b.pth', *options) == 2
+    assert f'argument {options[0]}: {options[1]} is not positive' in capsys.readouterr().err
+
+
 def test_what_no_evaluation_can_start_from(checkpoint, tmp_path, imagenet_tree):
     with pytest.raises(ValueError, match="MAEViT' masks its images"):
         build_backbone(Config(dict(model=dict(type='MAE', backbone=dict(type='MAEViT')))))

@@ -1,6 +1,7 @@
 """ImageNet-C and ImageNet-P: hand-computed metrics, and known scores from folders as published."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -155,6 +156,15 @@ def test_published_folders_with_a_known_answer(config, tmp_path, capsys):
     text = capsys.readouterr().out
     assert 'as published' in text and 'snow/4' in text and 'No mFR without shot_noise' in text
 
+    (c / 'fog' / '2' / 'n1' / 'ILSVRC2012_val_1.JPEG').unlink()
+    result = robustness(tmp_path, '--imagenet-c', c)['imagenet_c']
+    assert result['errors'] == {} and 'fog/2 (2 of 3 images)' in result['missing']
+
+    write_videos(p / 'tilt', [[dark] * 4, [dark] * 3, [dark] * 4])
+    code = robustness(tmp_path, '--imagenet-c', c, '--imagenet-p', p)
+    assert 'n1/ILSVRC2012_val_1.mp4 has 3 readable frames, the first video 4' in code
+
+    shutil.rmtree(p / 'tilt')
     (c / 'fog' / '5' / 'n2').rename(c / 'fog' / '5' / 'n3')
     code = robustness(tmp_path, '--imagenet-c', c)
     assert code.startswith('error: fog/5') and 'n2 and 1 more are in one only' in code

@@ -14,10 +14,11 @@ interrupted ones go on: run the same command again. At full scale:
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import statistics
 import sys
-import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -34,15 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ser_mm.engine.runs import finished, train
 from ser_mm.evaluation import (
-    Embedder,
     accuracy,
-    build_loader,
-    extract_features,
+    build_backbone,
     knn_probe,
     linear_probe,
+    load_features,
     select_linear_head,
 )
-from ser_mm.evaluation.command import make_table, run, write_results
+from ser_mm.evaluation.command import (
+    check_evaluation,
+    make_table,
+    positive,
+    run,
+    write_results,
+)
 from ser_mm.evaluation.equivariance import equivariance_by_layer, spaced_images, token_maps_of
 from ser_mm.visualization import draw_curves
 
@@ -78,10 +84,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--config', type=Path, default=ROOT / 'configs/demo/ser_mocov3.py')
     parser.add_argument('--values', nargs='+', type=float, help='of one sweep, instead of its own')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--jobs', type=int, default=1, help='runs at one time (default: 1)')
-    parser.add_argument('--gpus', type=int, help='GPUs (or CPU processes) of each run')
+    parser.add_argument(
+        '--jobs', type=positive(int), default=1, help='runs at one time (default: 1)'
+    )
+    parser.add_argument('--gpus', type=positive(int), help='GPUs (or CPU processes) of each run')
+    parser.add_argument(
+        '--num-workers', type=int, default=0, help='processes that read images to evaluate'
+    )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablate'))
-    parser.add_argument('--images', type=int, default=450, help='for R2 (default: 450)')
+    parser.add_argument('--images', type=positive(int), default=450, help='for R2 (default: 450)')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -94,8 +105,6 @@ def parse_args() -> argparse.Namespace:
     args.sweeps = SWEEPS if 'all' in args.sweeps else tuple(dict.fromkeys(args.sweeps))
     if args.values and (len(args.sweeps) != 1 or args.sweeps[0] == 'gradient'):
         parser.error('--values needs one sweep that has values.')
-    if args.jobs < 1 or args.images < 1 or (args.gpus or 1) < 1:
-        parser.error('--jobs, --images and --gpus must be positive.')
     return args
 
 
@@ -194,13 +203,14 @@ def run_config(args: argparse.Namespace, cfg: Config, point: Point | None, seed:
     return own
 
 
-def evaluate(cfg: Config, layer: int, images: int) -> dict[str, Any]:
+def evaluate(cfg: Config, layer: int, images: int, num_workers: int = 0) -> dict[str, Any]:
     """Figures of a finished run, kept beside its folder.
 
     Args:
         cfg (Config): Config of the run.
         layer (int): Block at which SER is, or would be.
         images (int): Validation images that R2 is measured on.
+        num_workers (int): Processes that read images. Defaults to 0.
 
     Returns:
         dict[str, Any]: A value for each of ``COLUMNS``, the last four under 'mixture', and
@@ -208,29 +218,33 @@ def evaluate(cfg: Config, layer: int, images: int) -> dict[str, Any]:
     """
     file = Path(f'{cfg.work_dir}.json')
     checkpoint = finished(cfg)
-    about = dict(checkpoint=Path(checkpoint).name, images=images)
+    about = dict(
+        checkpoint=hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest(),
+        evaluation=hashlib.sha256(repr(cfg.evaluation).encode()).hexdigest(),
+        images=images,
+    )
     if file.exists():
         kept = json.loads(file.read_text())
         if kept.pop('about') == about:
             return _at_layer(kept, layer)
     set_random_seed(0)
-    network = Embedder(cfg, checkpoint)
+    cache = Path(f'{cfg.work_dir}.features')  # for an interruption: those of ImageNet take long
     features = [
         x
         for split in ('train', 'val')
-        for x in extract_features(network, *build_loader(cfg, split))
+        for x in load_features(cfg, checkpoint, split, cache, num_workers=num_workers)
     ]
     if len(features[0]) <= SOLVABLE:
         probe = linear_probe(*features)
     else:
-        with tempfile.TemporaryDirectory() as cache:
-            head, _ = select_linear_head(*features[:2], cache)
+        head, _ = select_linear_head(*features[:2], cache)
         probe = accuracy(head(features[2]).detach(), features[3])['top1']
-    with token_maps_of(network.backbone) as token_maps:
-        batches = spaced_images(cfg, 'val', images)
+    with token_maps_of(build_backbone(cfg, checkpoint)) as token_maps:
+        batches = spaced_images(cfg, 'val', images, num_workers=num_workers)
         layers = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
     found = dict(probe=probe, knn=knn_probe(*features), layers=layers)
     file.write_text(json.dumps(dict(found, about=about), indent=1))
+    shutil.rmtree(cache)
     return _at_layer(found, layer)
 
 
@@ -280,7 +294,7 @@ def main() -> None:
     start = time.monotonic()
     MMLogger.get_instance('ablate', log_level='WARNING')
     cfg = load(args)
-    init_default_scope(cfg.get('default_scope', 'mmpretrain'))
+    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     sweeps = {
         sweep: {
             value: {seed: run_config(args, cfg, point, seed) for seed in args.seeds}
@@ -295,6 +309,8 @@ def main() -> None:
         for settings in sweeps.values()
         for own in (by_seed[seed] for by_seed in settings.values())
     }
+    for own in {str(own.get('evaluation')): own for own in runs.values()}.values():
+        check_evaluation(own)  # before days of training
     out = args.work_dir / args.config.stem.removeprefix('ser_')
     todo = sum(not finished(own) for own in runs.values())
     print(f'{len(runs)} runs, {todo} to train; logs are in {out}', flush=True)
@@ -308,7 +324,7 @@ def main() -> None:
             for own in by_seed.values():
                 backbone = (own.model.get('algorithm') or own.model).backbone
                 layer = backbone.get('ser_layer') or cfg.model.algorithm.backbone.ser_layer
-                results[value].append(evaluate(own, layer, args.images))
+                results[value].append(evaluate(own, layer, args.images, args.num_workers))
         text = report(out, sweep, results, args.seeds)
         write_results(out, sweep, dict(seeds=args.seeds, results=results), text)
     print(f'Figures are beside them ({time.monotonic() - start:.0f} s).')

@@ -21,6 +21,7 @@ from ser_mm.evaluation.command import (
     fit_head,
     load_config,
     make_table,
+    positive,
     run,
     write_results,
 )
@@ -33,8 +34,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config of the model, with `evaluation`')
     parser.add_argument('checkpoint', help='its checkpoint, or one of the backbone')
-    parser.add_argument('--k', type=int, nargs='+', default=[10, 20, 100], help='neighbours')
-    parser.add_argument('--temperature', type=float, default=0.07, help='of their votes')
+    parser.add_argument(
+        '--k', type=positive(int), nargs='+', default=[10, 20, 100], help='neighbours'
+    )
+    parser.add_argument('--temperature', type=positive(float), default=0.07, help='of their votes')
     add_probe_arguments(parser)
     add_arguments(parser, 'work_dirs/probe')
     return parser.parse_args()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 
+from ser_mm.engine.runtime import check_dataset
 from ser_mm.evaluation import load_features
 from ser_mm.evaluation.command import (
     add_arguments,
@@ -33,6 +34,7 @@ from ser_mm.evaluation.robustness import (
     CORRUPTIONS,
     PERTURBATIONS,
     SEVERITIES,
+    Corrupt,
     corrupted,
     corruption_errors,
     flip_probability,
@@ -79,45 +81,74 @@ def classify(cfg: Config, args: argparse.Namespace, head: nn.Linear, split: str)
     return load_features(cfg, args.checkpoint, split, head=head, **options)
 
 
-def measure_corruptions(cfg: Config, args: argparse.Namespace, head: nn.Linear) -> dict:
-    """Errors by corruption and severity, and what is missing of the folders."""
-    errors, missing = {}, []
-    for corruption in args.corruptions:
-        values = []
-        for severity in SEVERITIES:
-            name = f'{corruption}/{severity}'
-            if args.imagenet_c and not (args.imagenet_c / name).is_dir():
-                missing.append(name)
-                continue
-            dataset = corrupted(cfg.evaluation.val, corruption, severity, args.imagenet_c)
-            if args.imagenet_c:
-                check_classes({'evaluation.val': cfg.evaluation.val, name: dataset})
-            cfg.evaluation[name] = dataset
-            classes, labels = classify(cfg, args, head, name)
-            values.append(float((classes != labels).double().mean()))
-            if is_main_process():
-                print(f'{name}: top-1 {1 - values[-1]:.4f}', flush=True)
-        if len(values) == len(SEVERITIES):
-            errors[corruption] = values
-    return dict(errors=errors, missing=missing)
+def find_data(cfg: Config, args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
+    """Add the data sets to ``cfg.evaluation``, and check them before the long work.
 
+    Returns:
+        tuple: Names of those of ImageNet-C, of those of ImageNet-P, and of what is missing.
 
-def measure_perturbations(cfg: Config, args: argparse.Namespace, head: nn.Linear) -> dict:
-    """Top-1 and flip probability by perturbation, and what is missing of the folders."""
-    top1, flips, missing = {}, {}, []
-    for name in PERTURBATIONS:
-        if not (args.imagenet_p / name).is_dir():
-            missing.append(name)
+    Raises:
+        FileNotFoundError: If a folder has no images.
+        ImportError: If corruptions on the fly are asked for, and their package is missing.
+        ValueError: If a folder has other classes.
+    """
+    clean = cfg.evaluation.val
+    corruptions = {
+        f'{name}/{severity}': corrupted(clean, name, severity, args.imagenet_c)
+        for name in args.corruptions
+        for severity in SEVERITIES
+    }
+    perturbations = {
+        name: perturbed(clean, name, args.imagenet_p) for name in PERTURBATIONS if args.imagenet_p
+    }
+    missing = []
+    for root, datasets in ((args.imagenet_c, corruptions), (args.imagenet_p, perturbations)):
+        if root:
+            missing += [name for name in datasets if not (root / name).is_dir()]
+    for name, dataset in (corruptions | perturbations).items():
+        if name in missing:
             continue
-        dataset = perturbed(cfg.evaluation.val, name, args.imagenet_p)
-        check_classes({'evaluation.val': cfg.evaluation.val, name: dataset})
+        folder = args.imagenet_c if name in corruptions else args.imagenet_p
+        if folder and is_main_process():
+            check_dataset(name, dataset, 'mmpretrain')
+            check_classes({'evaluation.val': clean, name: dataset})
         cfg.evaluation[name] = dataset
+    if not args.imagenet_c:
+        Corrupt(args.corruptions[0], SEVERITIES[0])
+    kept = [[n for n in found if n not in missing] for found in (corruptions, perturbations)]
+    return *kept, missing
+
+
+def measure_corruptions(
+    cfg: Config, args: argparse.Namespace, head: nn.Linear, names: list[str], images: int
+) -> dict:
+    """Errors by corruption and severity, and what is incomplete of the folders."""
+    errors, incomplete = {}, []
+    for name in names:
+        classes, labels = classify(cfg, args, head, name)
+        error = float((classes != labels).double().mean())
+        if len(labels) < images:
+            incomplete.append(f'{name} ({len(labels)} of {images} images)')
+        else:
+            errors.setdefault(name.partition('/')[0], []).append(error)
+        if is_main_process():
+            print(f'{name}: top-1 {1 - error:.4f}', flush=True)
+    whole = {name: values for name, values in errors.items() if len(values) == len(SEVERITIES)}
+    return dict(errors=whole, missing=incomplete)
+
+
+def measure_perturbations(
+    cfg: Config, args: argparse.Namespace, head: nn.Linear, names: list[str]
+) -> dict:
+    """Top-1 and flip probability by perturbation."""
+    top1, flips = {}, {}
+    for name in names:
         classes, labels = classify(cfg, args, head, name)
         top1[name] = float((classes == labels[:, None]).double().mean())
         flips[name] = flip_probability(classes, noise='noise' in name)
         if is_main_process():
             print(f'{name}: top-1 {top1[name]:.4f}, flips {flips[name]:.4f}', flush=True)
-    return dict(top1=top1, flips=flips, missing=missing)
+    return dict(top1=top1, flips=flips)
 
 
 def report_corruptions(args: argparse.Namespace, result: dict) -> str:
@@ -144,7 +175,7 @@ def report_corruptions(args: argparse.Namespace, result: dict) -> str:
     if left_out:
         notes.append(f'No mCE without {", ".join(left_out)}.')
     if result['missing']:
-        notes.append(f'Folders that are missing: {", ".join(result["missing"])}.')
+        notes.append(f'Missing or incomplete: {", ".join(result["missing"])}.')
     notes.append("CE: error relative to AlexNet's on ImageNet-C, their mean is mCE; on other data")
     notes[-1] += ' it serves for comparisons only.'
     return '\n'.join([make_table(header, rows), '', *(f'- {note}' for note in notes)])
@@ -171,15 +202,18 @@ def main() -> None:
     """Fit the head, classify everything, report."""
     args = parse_args()
     cfg = load_config(args)
+    corruptions, perturbations, missing = find_data(cfg, args)
     head, choice, _ = fit_head(cfg, args.checkpoint, args)
     classes, labels = classify(cfg, args, head, 'val')
     clean = float((classes == labels).double().mean())
     results = dict(
         config=args.config, checkpoint=args.checkpoint, blocks=args.blocks, head=choice, clean=clean
     )
-    results['imagenet_c'] = measure_corruptions(cfg, args, head)
+    results['imagenet_c'] = measure_corruptions(cfg, args, head, corruptions, len(labels))
+    results['imagenet_c']['missing'] += [name for name in missing if '/' in name]
     if args.imagenet_p:
-        results['imagenet_p'] = measure_perturbations(cfg, args, head)
+        results['imagenet_p'] = measure_perturbations(cfg, args, head, perturbations)
+        results['imagenet_p']['missing'] = [name for name in missing if '/' not in name]
     if not is_main_process():
         return
 

@@ -20,12 +20,14 @@ from sklearn.neighbors import NearestNeighbors
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ser_mm.engine.runtime import check_dataset
 from ser_mm.evaluation import load_features
 from ser_mm.evaluation.command import (
     add_arguments,
     feature_options,
     load_config,
     make_table,
+    positive,
     run,
     write_results,
 )
@@ -46,13 +48,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--names', nargs='+', help='of the pairs (default: the checkpoints)')
     parser.add_argument('--classes', nargs='+', help='their names (default: 20, evenly spaced)')
-    parser.add_argument('--per-class', type=int, default=50, help='images (default: 50)')
+    parser.add_argument('--per-class', type=positive(int), default=50, help='images (default: 50)')
     parser.add_argument('--corruption', default='defocus_blur', help='default: %(default)s')
     parser.add_argument('--severity', type=int, default=3, choices=SEVERITIES, help='default: 3')
     parser.add_argument(
         '--imagenet-c', type=Path, help='its folder (default: corrupt on the fly)', metavar='ROOT'
     )
-    parser.add_argument('--perplexity', type=float, default=30, help='of t-SNE (default: 30)')
+    parser.add_argument(
+        '--perplexity', type=positive(float), default=30, help='of t-SNE (default: 30)'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of t-SNE (default: 0)')
     add_arguments(parser, 'work_dirs/tsne')
     args = parser.parse_args()
@@ -60,8 +64,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'{len(args.runs)} positional arguments; give pairs of CONFIG and CHECKPOINT.')
     args.runs = list(zip(args.runs[::2], args.runs[1::2], strict=True))
     args.names = args.names or [checkpoint for _, checkpoint in args.runs]
-    if len(args.names) != len(args.runs):
-        parser.error(f'--names has {len(args.names)} names for {len(args.runs)} checkpoints.')
+    if len(args.names) != len(args.runs) or len(set(args.names)) < len(args.names):
+        parser.error(f'--names needs {len(args.runs)} different names, one per checkpoint.')
+    if args.imagenet_c and not args.imagenet_c.is_dir():
+        parser.error(f'--imagenet-c {args.imagenet_c} is not a folder.')
     return args
 
 
@@ -117,10 +123,17 @@ def load_panels(cfg: Config, checkpoint: str, args: argparse.Namespace) -> dict[
         'clean': clean,
         corruption: corrupted(clean, args.corruption, args.severity, args.imagenet_c),
     }
-    panels = {}
     for name, dataset in datasets.items():
-        subset, args.classes = choose(dataset, args.classes, args.per_class)
-        cfg.evaluation[name] = subset
+        check_dataset(name, dataset, 'mmpretrain')
+        cfg.evaluation[name], args.classes = choose(dataset, args.classes, args.per_class)
+        count = len(cfg.evaluation[name].indices)
+        if count <= max(args.perplexity, NEIGHBOURS):
+            raise ValueError(
+                f'--perplexity {args.perplexity} needs more than {count} images; lower it or raise '
+                '--per-class.'
+            )
+    panels = {}
+    for name in datasets:
         features, labels = load_features(cfg, checkpoint, name, **feature_options(args))
         # Labels count the classes of the data set; from here on, those that are shown.
         panels[name] = F.normalize(features).numpy(), np.unique(labels, return_inverse=True)[1]
@@ -141,11 +154,6 @@ def main() -> None:
     for name, own in panels.items():
         results[name] = {}
         for data, (features, labels) in own.items():
-            if len(labels) <= max(args.perplexity, NEIGHBOURS):
-                raise ValueError(
-                    f'--perplexity {args.perplexity} needs more than {len(labels)} images; lower '
-                    'it or raise --per-class.'
-                )
             print(f't-SNE of {name}, {data}: {len(labels)} images', flush=True)
             places = TSNE(perplexity=args.perplexity, init='pca', random_state=args.seed)
             places = places.fit_transform(features)

@@ -36,6 +36,19 @@ from .probe import LEARNING_RATES, select_linear_head
 _PATIENCE = 6 * 3600
 
 
+def positive(number: type) -> Callable[[str], float]:
+    """A type for argparse: 'int' or 'float' that is greater than 0."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f'{text} is not positive')
+        return value
+
+    parse.__name__ = f'positive {number.__name__}'  # what argparse calls it
+    return parse
+
+
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Add the arguments that all evaluations of features take.
 
@@ -46,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument('--out', type=Path, default=Path(out), help=f'results (default: {out})')
     parser.add_argument(
         '--blocks',
-        type=int,
+        type=positive(int),
         default=1,
         help='last blocks whose [CLS] tokens make a feature: 1 as in MoCo v3 (default), 4 as in '
         'DINO; of a network without [CLS], the last map is averaged',
@@ -57,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         default=Path('work_dirs/features'),
         help='features that are extracted already (default: %(default)s)',
     )
-    parser.add_argument('--batch-size', type=int, default=256, help='images per process')
+    parser.add_argument('--batch-size', type=positive(int), default=256, help='images per process')
     parser.add_argument('--num-workers', type=int, default=0, help='processes that read images')
     parser.add_argument(
         '--cfg-options',
@@ -78,13 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the linear probe."""
-    parser.add_argument('--epochs', type=int, default=50, help='of the linear probe (default: 50)')
     parser.add_argument(
-        '--probe-batch', type=int, default=256, help='features per step (default: 256)'
+        '--epochs', type=positive(int), default=50, help='of the linear probe (default: 50)'
+    )
+    parser.add_argument(
+        '--probe-batch', type=positive(int), default=256, help='features per step (default: 256)'
     )
     parser.add_argument(
         '--lrs',
-        type=float,
+        type=positive(float),
         nargs='+',
         default=LEARNING_RATES,
         help='learning rates of the sweep, times --probe-batch / 256 (default: 0.001 to 10)',
@@ -127,20 +142,15 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
 
     Raises:
         FileNotFoundError: If data is missing.
-        ValueError: If a split is not in the config, or the class folders of the splits are not
-            the same.
+        ValueError: See :func:`check_evaluation`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options)
-    scope = cfg.get('default_scope') or 'mmpretrain'
-    init_default_scope(scope)
-    datasets = {f'evaluation.{split}': dataset_of(cfg, split) for split in splits}
+    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     if get_local_rank(args.launcher) == 0:
-        for field, dataset in datasets.items():
-            check_dataset(field, dataset, scope)
-        check_classes(datasets)
+        check_evaluation(cfg, splits)
     processes = (cfg.get('env_cfg') or {}).get('mp_cfg') or {}
     set_multi_processing(**processes, distributed=args.launcher != 'none')
     if args.launcher != 'none' and not is_distributed():
@@ -148,6 +158,24 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
             args.launcher, timeout=_PATIENCE
         )
     return cfg
+
+
+def check_evaluation(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> None:
+    """Check what a config says of labelled images, before long work that ends with them.
+
+    Args:
+        cfg (Config): With ``evaluation``.
+        splits (Sequence[str]): Keys of it that will be used.
+
+    Raises:
+        FileNotFoundError: If data is missing.
+        ValueError: If a split is not in the config, or the class folders of the splits are not
+            the same.
+    """
+    datasets = {f'evaluation.{split}': dataset_of(cfg, split) for split in splits}
+    for field, dataset in datasets.items():
+        check_dataset(field, dataset, cfg.get('default_scope') or 'mmpretrain')
+    check_classes(datasets)
 
 
 def check_classes(datasets: dict[str, dict]) -> None:
@@ -164,7 +192,7 @@ def check_classes(datasets: dict[str, dict]) -> None:
     for field, dataset in datasets.items():
         if dataset.get('ann_file'):
             continue
-        prefix = dataset.get('data_prefix') or ''
+        prefix = dataset.get('data_prefix') or dataset.get('split') or ''
         prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
         folder = Path(dataset.get('data_root') or '', prefix)
         if not prefix or not folder.is_dir():

@@ -49,7 +49,6 @@ class Embedder(nn.Module):
         head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
-        last = dict(out_type='cls_token', out_indices=list(range(-blocks, 0)))
         model = cfg.model.get('algorithm') or cfg.model
         kind = model.get('backbone', {}).get('type')
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
@@ -58,7 +57,15 @@ class Embedder(nn.Module):
                 f'blocks={blocks}: the last blocks can be joined for a ViT only, and this is '
                 f'{kind and kind.__name__}; use blocks=1.'
             )
-        self.backbone = build_backbone(cfg, checkpoint, **(last if blocks > 1 else {}))
+        options = dict(out_type='cls_token') if blocks > 1 else {}
+        self.backbone = build_backbone(cfg, checkpoint, **options)
+        if blocks > 1:
+            depth = self.backbone.num_layers
+            if blocks > depth:
+                raise ValueError(
+                    f'blocks={blocks}: the network has {depth} blocks; use that many at most.'
+                )
+            self.backbone.out_indices = list(range(depth - blocks, depth))
         self.blocks = blocks
         self.head = head and deepcopy(head).to(get_device())
 
@@ -68,10 +75,15 @@ class Embedder(nn.Module):
         outputs = outputs[-self.blocks :] if isinstance(outputs, (tuple, list)) else [outputs]
         if self.blocks > 1 and self.backbone.final_norm:
             outputs = [*(self.backbone.ln1(x) for x in outputs[:-1]), outputs[-1]]
+        if isinstance(outputs[-1], (tuple, list)):  # [CLS] and distillation token, map and [CLS]
+            outputs = outputs[-1]
         vectors = [x.mean(dim=(2, 3)) if x.ndim == 4 else x for x in outputs]
-        if vectors[-1].ndim != 2:
+        if not hasattr(self.backbone, 'out_type'):  # maps laid flat, (N, C, L)
+            vectors = [x.mean(dim=2) if x.ndim == 3 else x for x in vectors]
+        odd = next((x for x in vectors if x.ndim != 2), None)
+        if odd is not None:
             raise ValueError(
-                f'The backbone gives {tuple(vectors[-1].shape)} for {len(images)} images, not a '
+                f'The backbone gives {tuple(odd.shape)} for {len(images)} images, not a '
                 "vector or a map for each; set --cfg-options model.backbone.out_type='cls_token' "
                 '(model.algorithm.backbone... with SERAlgorithm).'
             )

@@ -42,8 +42,8 @@ def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> n
     if 'mask' in inspect.signature(backbone.forward).parameters:
         raise ValueError(
             f"model.backbone.type='{model.backbone.type}' masks its images; name the plain network "
-            'that has its weights, e.g. with --cfg-options model.backbone.type=VisionTransformer '
-            'model.backbone.out_type=cls_token.'
+            'that has its weights, in a config that inherits this one: model = dict(backbone=dict('
+            "_delete_=True, type='VisionTransformer', arch=..., out_type='cls_token'))."
         )
     if checkpoint is None:
         backbone.init_weights()

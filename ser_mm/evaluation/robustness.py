@@ -52,6 +52,7 @@ ALEXNET_FLIPS = dict(
     scale=0.2353,
 )
 PERTURBATIONS = tuple(ALEXNET_FLIPS)
+VIDEOS = ('.mp4',)
 
 
 def corruption_errors(errors: dict[str, Sequence[float]]) -> dict[str, float]:
@@ -152,7 +153,11 @@ def perturbed(dataset: dict, perturbation: str, root: str) -> dict:
     """
     pipeline = [step for step in dataset['pipeline'] if not _name(step).startswith(('Load', 'Res'))]
     return dict(
-        type='SequenceFolder', data_root=str(root), data_prefix=perturbation, pipeline=pipeline
+        type='SequenceFolder',
+        data_root=str(root),
+        data_prefix=perturbation,
+        extensions=VIDEOS,
+        pipeline=pipeline,
     )
 
 
@@ -230,15 +235,17 @@ class Corrupt(BaseTransform):
 class SequenceFolder(CustomDataset):
     """Videos in class folders, each a sequence of frames with one label.
 
-    An item has ``inputs`` of shape (T, 3, H, W). All videos have to have as many frames.
+    An item has ``inputs`` of shape (T, 3, H, W). All videos have to have as many frames as the
+    first.
 
     Args:
         extensions (Sequence[str]): Of the files. Defaults to ('.mp4',).
         **kwargs: Those of MMPretrain's ``CustomDataset``; the pipeline begins with the frame.
     """
 
-    def __init__(self, *args, extensions: Sequence[str] = ('.mp4',), **kwargs) -> None:
+    def __init__(self, *args, extensions: Sequence[str] = VIDEOS, **kwargs) -> None:
         super().__init__(*args, extensions=extensions, **kwargs)
+        self.frames = len(mmcv.VideoReader(self.get_data_info(0)['img_path']))
 
     def prepare_data(self, idx: int) -> dict:
         """Read a video and put each of its frames through the pipeline.
@@ -250,14 +257,18 @@ class SequenceFolder(CustomDataset):
             dict: ``inputs`` and ``data_samples``, the data sample of the first frame.
 
         Raises:
-            ValueError: If the video has less than two frames that can be read.
+            ValueError: If the video has less than two frames that can be read, or not as many as
+                the first video.
         """
         info = self.get_data_info(idx)
         frames = [
             self.pipeline(dict(info, img=frame, img_shape=frame.shape[:2]))
             for frame in mmcv.VideoReader(info['img_path'])
         ]
-        if len(frames) < 2:
-            raise ValueError(f'{info["img_path"]} has {len(frames)} readable frames; replace it.')
+        if len(frames) < 2 or len(frames) != self.frames:
+            raise ValueError(
+                f'{info["img_path"]} has {len(frames)} readable frames, the first video '
+                f'{self.frames}; replace it.'
+            )
         inputs = torch.stack([frame['inputs'] for frame in frames])
         return dict(inputs=inputs, data_samples=frames[0]['data_samples'])
