@@ -3,6 +3,7 @@
 #
 # Variables: PYTHON    interpreter a new .venv is made with (default: python3)
 #            MAX_JOBS  parallel compiler processes          (default: all cores)
+#            FORCE_CUDA=1  compile mmcv for CUDA where there is no GPU, as on a login node
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +20,7 @@ pins() { for name; do grep -E "^$name[=<>]" requirements.txt || echo "$name"; do
 
 # A virtual environment holds absolute paths, so a moved checkout is a stale one.
 fingerprint() {
-  { cat requirements.txt tools/setup_env.sh; "$1" -VV; pwd; } | cksum
+  { cat requirements.txt tools/setup_env.sh; "$1" -VV; pwd; echo "${FORCE_CUDA:-0}"; } | cksum
 }
 
 # imaug, which mmdet needs, and numpy 2.2 have no common release for 3.14.
@@ -48,16 +49,17 @@ if sys.argv[1] == '1' and get_compiling_cuda_version() == 'not available':
 PY
 }
 
-# Succeeds when there is a GPU and a CUDA compiler of the release torch was built with.
+# Succeeds when there is a GPU, or FORCE_CUDA=1, and a CUDA compiler of the release torch was built with.
 can_compile_cuda() {
   "$python" - <<'PY'
+import os
 import re
 import subprocess
 import sys
 
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and os.environ.get('FORCE_CUDA') != '1':
     sys.exit(1)
 
 from torch.utils.cpp_extension import CUDA_HOME

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training under Slurm:
 # tools/slurm_train.sh PARTITION JOB_NAME CONFIG [WORK_DIR] [arguments of tools/train.py]
-# Variables: GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5), SRUN_ARGS
+# Variables: GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (10), SRUN_ARGS
 set -euo pipefail
 
 if (($# < 3)); then
@@ -33,7 +33,7 @@ exec srun \
   --gres="gpu:$gpus_per_node" \
   --ntasks="$gpus" \
   --ntasks-per-node="$gpus_per_node" \
-  --cpus-per-task="${CPUS_PER_TASK:-5}" \
+  --cpus-per-task="${CPUS_PER_TASK:-10}" \
   --kill-on-bad-exit=1 \
   ${SRUN_ARGS:-} \
   "$python" -u "$tools/train.py" "$config" --launcher slurm "$@"
