@@ -20,6 +20,7 @@ from mmengine.registry import init_default_scope
 # A checkout works without being installed, and goes before another copy that is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ser_mm.evaluation.command import run
 from ser_mm.evaluation.cost import TrainingStep, count_step, take_turns
 
 PARTS = {
@@ -63,10 +64,7 @@ def main() -> None:
     MMLogger.get_instance('cost', log_level='ERROR')
     cfgs = {name: Config.fromfile(getattr(args, name)) for name in ('baseline', 'config')}
     init_default_scope(cfgs['config'].get('default_scope', 'mmpretrain'))
-    try:
-        rows = {name: count_step(cfg, args.batch_size) for name, cfg in cfgs.items()}
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    rows = {name: count_step(cfg, args.batch_size) for name, cfg in cfgs.items()}
     if args.measure:
         runs = {name: TrainingStep(cfg, args.batch_size) for name, cfg in cfgs.items()}
         for name, row in take_turns(runs, args.steps).items():
@@ -119,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)
