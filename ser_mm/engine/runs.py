@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None 
             ``tools/dist_train.sh``. Defaults to None: one process without launcher.
 
     Raises:
+        KeyboardInterrupt: Also on SIGTERM, when the runs have ended.
         SystemExit: If a run fails, with the end of its log, if its folder holds a run with other
             settings, or if there are not enough GPUs.
     """
@@ -70,6 +72,8 @@ def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None 
     slots = [_environment(slot, jobs, gpus) for slot in range(jobs)]
     progress = _Progress(waiting, gpus or 1)
     processes, used = {}, {}
+    # What ends this process, as a scheduler does, is to end the runs too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while any(name not in processes or processes[name].poll() is None for name in waiting):
             failed = [name for name, process in processes.items() if process.poll()]
@@ -91,6 +95,7 @@ def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None 
         for process in processes.values():
             process.terminate()
             process.wait()
+        signal.signal(signal.SIGTERM, before)
     if failed:
         log = Path(f'{waiting[failed[0]].work_dir}.log')
         tail = log.read_text().splitlines()[-15:]
