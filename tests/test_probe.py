@@ -294,8 +294,12 @@ def test_outputs_of_other_shapes(backbone, width):
 
 
 def test_more_blocks_than_there_are(checkpoint):
-    with pytest.raises(ValueError, match='blocks=5: the network has 4 blocks'):
-        Embedder(config('.'), checkpoint, blocks=5)
+    with pytest.raises(ValueError, match=r'blocks=3: \[CLS\] is in the last 2 blocks'):
+        Embedder(config('.'), checkpoint, blocks=3)
+    plain = dict(type='VisionTransformer', arch='deit-tiny', img_size=32)
+    cfg = Config(dict(model=dict(type='ImageClassifier', backbone=plain)))
+    with pytest.raises(ValueError, match='the last 12 blocks'):
+        Embedder(cfg, blocks=13)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,8 @@ def check_classes(datasets: dict[str, dict]) -> None:
         if not prefix or not folder.is_dir():
             continue
         names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        if not names:  # labels are in a file, as meta/val.txt of ImageNet
+            continue
         first = first or (field, folder, names)
         odd = sorted(names ^ first[2])
         if odd:

@@ -61,9 +61,11 @@ class Embedder(nn.Module):
         self.backbone = build_backbone(cfg, checkpoint, **options)
         if blocks > 1:
             depth = self.backbone.num_layers
-            if blocks > depth:
+            with_cls = depth - getattr(self.backbone, 'cls_layer', 0)
+            if blocks > with_cls:
                 raise ValueError(
-                    f'blocks={blocks}: the network has {depth} blocks; use that many at most.'
+                    f'blocks={blocks}: [CLS] is in the last {with_cls} blocks of the network; use '
+                    'that many at most.'
                 )
             self.backbone.out_indices = list(range(depth - blocks, depth))
         self.blocks = blocks

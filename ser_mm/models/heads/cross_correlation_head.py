@@ -33,7 +33,9 @@ class CrossCorrelationHead(LatentCrossCorrelationHead):
         with torch.autocast(input.device.type, enabled=False):
             view_1, view_2 = (self.bn(x.to(self.bn.running_mean.dtype)) for x in (input, target))
             correlation = view_1.T @ view_2 / (len(input) * get_world_size())
-            return self.loss_module(_SumOverRanks.apply(correlation))
+            if get_world_size() > 1:
+                correlation = _SumOverRanks.apply(correlation)
+            return self.loss_module(correlation)
 
 
 class _SumOverRanks(torch.autograd.Function):
