@@ -1,6 +1,7 @@
 """Sweeps of settings: what they train, and that a sweep goes on after an interruption."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,14 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     train({'run': cfg})
 
 
+def test_data_to_evaluate_on_is_looked_at_before_training(tmp_path, monkeypatch):
+    command = ['ablate', 'layer', '--work-dir', str(tmp_path / 'work')]
+    monkeypatch.setattr(sys, 'argv', [*command, '--cfg-options', 'evaluation.val=None'])
+    with pytest.raises(ValueError, match=r'evaluation\.val is not in'):
+        ablate.main()
+    assert not (tmp_path / 'work').exists()
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     data = dict(data_root=tmp_path / 'photos', train_per_picture=4, val_per_picture=4)
@@ -157,3 +166,10 @@ def test_a_sweep_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     ablate.main()
     assert '2 runs, 0 to train' in capsys.readouterr().out
     assert times == [(run / 'epoch_4.pth').stat().st_mtime_ns for run in runs]
+    assert not list(out.glob('**/*.features'))
+
+    # Figures belong to the content of a checkpoint, not to its name.
+    shutil.copy(runs[1] / 'epoch_4.pth', runs[0] / 'epoch_4.pth')
+    ablate.main()
+    (first,), (second,) = json.loads((out / 'layer.json').read_text())['results'].values()
+    assert first['layers'] == second['layers'] != results['1'][0]['layers']

@@ -81,42 +81,31 @@ def classify(cfg: Config, args: argparse.Namespace, head: nn.Linear, split: str)
     return load_features(cfg, args.checkpoint, split, head=head, **options)
 
 
-def find_data(cfg: Config, args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """Add the data sets to ``cfg.evaluation``, and check them before the long work.
+def add_datasets(
+    cfg: Config, datasets: dict[str, dict], root: Path | None
+) -> tuple[list[str], list[str]]:
+    """Add data sets to ``cfg.evaluation``, checked before the long work.
+
+    Args:
+        cfg (Config): With the clean images as ``evaluation.val``.
+        datasets (dict[str, dict]): Configs by name, which is their folder in ``root``.
+        root (Path, optional): None for images that are made on the fly.
 
     Returns:
-        tuple: Names of those of ImageNet-C, of those of ImageNet-P, and of what is missing.
+        tuple: Names of those added, and of those whose folder is missing.
 
     Raises:
         FileNotFoundError: If a folder has no images.
-        ImportError: If corruptions on the fly are asked for, and their package is missing.
         ValueError: If a folder has other classes.
     """
-    clean = cfg.evaluation.val
-    corruptions = {
-        f'{name}/{severity}': corrupted(clean, name, severity, args.imagenet_c)
-        for name in args.corruptions
-        for severity in SEVERITIES
-    }
-    perturbations = {
-        name: perturbed(clean, name, args.imagenet_p) for name in PERTURBATIONS if args.imagenet_p
-    }
-    missing = []
-    for root, datasets in ((args.imagenet_c, corruptions), (args.imagenet_p, perturbations)):
-        if root:
-            missing += [name for name in datasets if not (root / name).is_dir()]
-    for name, dataset in (corruptions | perturbations).items():
-        if name in missing:
-            continue
-        folder = args.imagenet_c if name in corruptions else args.imagenet_p
-        if folder and is_main_process():
-            check_dataset(name, dataset, 'mmpretrain')
-            check_classes({'evaluation.val': clean, name: dataset})
-        cfg.evaluation[name] = dataset
-    if not args.imagenet_c:
-        Corrupt(args.corruptions[0], SEVERITIES[0])
-    kept = [[n for n in found if n not in missing] for found in (corruptions, perturbations)]
-    return *kept, missing
+    missing = [name for name in datasets if root and not (root / name).is_dir()]
+    names = [name for name in datasets if name not in missing]
+    for name in names:
+        if root and is_main_process():
+            check_dataset(name, datasets[name], 'mmpretrain')
+            check_classes({'evaluation.val': cfg.evaluation.val, name: datasets[name]})
+        cfg.evaluation[name] = datasets[name]
+    return names, missing
 
 
 def measure_corruptions(
@@ -202,7 +191,18 @@ def main() -> None:
     """Fit the head, classify everything, report."""
     args = parse_args()
     cfg = load_config(args)
-    corruptions, perturbations, missing = find_data(cfg, args)
+    clean = cfg.evaluation.val
+    corruptions = {
+        f'{name}/{severity}': corrupted(clean, name, severity, args.imagenet_c)
+        for name in args.corruptions
+        for severity in SEVERITIES
+    }
+    corruptions, missing = add_datasets(cfg, corruptions, args.imagenet_c)
+    if not args.imagenet_c:
+        Corrupt(args.corruptions[0], SEVERITIES[0])  # is its package here?
+    if args.imagenet_p:
+        perturbations = {name: perturbed(clean, name, args.imagenet_p) for name in PERTURBATIONS}
+        perturbations, missing_p = add_datasets(cfg, perturbations, args.imagenet_p)
     head, choice, _ = fit_head(cfg, args.checkpoint, args)
     classes, labels = classify(cfg, args, head, 'val')
     clean = float((classes == labels).double().mean())
@@ -210,10 +210,10 @@ def main() -> None:
         config=args.config, checkpoint=args.checkpoint, blocks=args.blocks, head=choice, clean=clean
     )
     results['imagenet_c'] = measure_corruptions(cfg, args, head, corruptions, len(labels))
-    results['imagenet_c']['missing'] += [name for name in missing if '/' in name]
+    results['imagenet_c']['missing'] += missing
     if args.imagenet_p:
         results['imagenet_p'] = measure_perturbations(cfg, args, head, perturbations)
-        results['imagenet_p']['missing'] = [name for name in missing if '/' not in name]
+        results['imagenet_p']['missing'] = missing_p
     if not is_main_process():
         return
 

@@ -37,7 +37,7 @@ _PATIENCE = 6 * 3600
 
 
 def positive(number: type) -> Callable[[str], float]:
-    """A type for argparse: 'int' or 'float' that is greater than 0."""
+    """A type for argparse: an ``int`` or a ``float`` that is greater than 0."""
 
     def parse(text: str) -> float:
         value = number(text)
