@@ -10,11 +10,11 @@ import mmengine
 import torch
 from mmengine.utils import digit_version
 
-from . import datasets, engine, models
+from . import datasets, engine, evaluation, models
 
 __version__ = '0.1.0'
 
-__all__ = ['__version__', 'datasets', 'engine', 'models']
+__all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models']
 
 if digit_version(torch.__version__) >= digit_version('2.6') and (
     digit_version(mmengine.__version__) < digit_version('0.10.8')

@@ -8,6 +8,8 @@ matrices. The elements of D4 are numbered ``d = 4 * flip + quarter_turns``: flip
 then turn counter-clockwise, as :func:`numpy.rot90` does.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,34 @@ def matrices(elements: Tensor) -> Tensor:
         Tensor: Float matrices on the device of ``elements``, shape (N, 2, 2).
     """
     return D4.to(elements.device, non_blocking=True)[elements]
+
+
+def draw_grid(
+    base: tuple[float, float],
+    scale: tuple[float, float] = (0.7, 1.3),
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    generator: torch.Generator | None = None,
+) -> tuple[int, int]:
+    """Draw the resize S of a group element: the grid of tokens to map onto (paper, Section 3).
+
+    The area is a factor times that of the base grid, the factor uniform in ``scale``; width over
+    height is log-uniform in ``aspect_ratio``; both sides are rounded to whole tokens.
+
+    Args:
+        base (tuple[float, float]): Height and width of the base grid, in tokens.
+        scale (tuple[float, float]): Range of the area factor. Defaults to (0.7, 1.3).
+        aspect_ratio (tuple[float, float]): Range of width / height. Defaults to (3 / 4, 4 / 3).
+        generator (torch.Generator, optional): On the CPU. Defaults to None: torch's own.
+
+    Returns:
+        tuple[int, int]: Height and width in tokens, at least 1 each.
+    """
+    u, v = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    log_low, log_high = map(math.log, aspect_ratio)
+    area = math.prod(base) * (scale[0] + (scale[1] - scale[0]) * u)
+    aspect = math.exp(log_low + (log_high - log_low) * v)
+    height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+    return max(height, 1), max(width, 1)
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:

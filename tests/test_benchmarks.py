@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from test_configs import ROOT
+
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -5,12 +5,12 @@ import os
 import pickle
 
 import pytest
-import short_run
 import torch
-from algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build
 from mmpretrain.registry import MODELS
 
 from ser_mm.checkpoint import read_weights
+from tests.support import short_run
+from tests.support.algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build
 
 # The pretrained backbone without SER: what a user of the checkpoint writes.
 PLAIN = {**BACKBONE, 'ser_layer': None, 'cls_layer': 2}

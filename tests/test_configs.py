@@ -4,12 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 # Sizes of images and of projectors, and what they are shortened to.
 SHORTER = {'train_dataloader': {224: 64}, 'model': {4096: 64, 8192: 64, 65536: 64}}

@@ -22,12 +22,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ser_mm.datasets import write_bundled_digits
-from ser_mm.engine.coco import check_coco
-from ser_mm.engine.runtime import check_data
+from ser_mm.engine.checks import check_coco
+from ser_mm.engine.cpu import check_data
 from ser_mm.models import SERVisionTransformer, SimpleFPN
 from ser_mm.views import ViewBatch
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs' / 'coco').glob('*.py'))
 NAMES = [config.stem for config in CONFIGS]
 DIGITS = tuple('0123456789')

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 
 from ser_mm import geometry
+from tests.support import reference
 
 PAIRS = list(itertools.product(range(8), repeat=2))
 # Rounding of sums of 16 products of numbers around 1, in float64.

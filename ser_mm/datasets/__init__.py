@@ -1,11 +1,14 @@
 from .bundled_digits import write_bundled_digits
 from .bundled_photos import BundledPhotos, write_bundled_photos
-from .transforms import EquivariantViewPipeline, LoadReadableImage
+from .sequence_folder import SequenceFolder
+from .transforms import Corrupt, EquivariantViewPipeline, LoadReadableImage
 
 __all__ = [
     'BundledPhotos',
+    'Corrupt',
     'EquivariantViewPipeline',
     'LoadReadableImage',
+    'SequenceFolder',
     'write_bundled_digits',
     'write_bundled_photos',
 ]

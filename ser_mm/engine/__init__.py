@@ -1,15 +1,3 @@
-from .hooks import (
-    EpochSeedHook,
-    EquivarianceHook,
-    FreezeLayerHook,
-    NonFiniteLossHook,
-    keep_worker_seed,
-)
+from .hooks import EpochSeedHook, FreezeLayerHook, NonFiniteLossHook, keep_worker_seed
 
-__all__ = [
-    'EpochSeedHook',
-    'EquivarianceHook',
-    'FreezeLayerHook',
-    'NonFiniteLossHook',
-    'keep_worker_seed',
-]
+__all__ = ['EpochSeedHook', 'FreezeLayerHook', 'NonFiniteLossHook', 'keep_worker_seed']

@@ -1,20 +1,19 @@
-from .equivariance import equivariance_score
+from .backbone import build_backbone, token_maps_of
+from .data import build_loader
+from .equivariance import equivariance_by_layer, equivariance_score
+from .equivariance_hook import EquivarianceHook
 from .features import Embedder, extract_features, load_features
-from .networks import build_backbone, build_loader
-from .probe import (
-    accuracy,
-    fit_linear_heads,
-    knn_probe,
-    knn_votes,
-    linear_probe,
-    select_linear_head,
-)
+from .knn import knn_probe, knn_votes
+from .linear import fit_linear_heads, linear_probe, select_linear_head
+from .metrics import accuracy
 
 __all__ = [
     'Embedder',
+    'EquivarianceHook',
     'accuracy',
     'build_backbone',
     'build_loader',
+    'equivariance_by_layer',
     'equivariance_score',
     'extract_features',
     'fit_linear_heads',
@@ -23,4 +22,5 @@ __all__ = [
     'linear_probe',
     'load_features',
     'select_linear_head',
+    'token_maps_of',
 ]

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import (
 
 from ser_mm.datasets.transforms import EquivariantViewPipeline
 from ser_mm.datasets.transforms.equivariant_view_pipeline import NOT_IN_B2
-from ser_mm.engine.runtime import adapt_to_device
+from ser_mm.engine.cpu import adapt_to_device
 from ser_mm.geometry import NUM_ELEMENTS
 from ser_mm.views import ViewBatch
 

@@ -1,18 +1,13 @@
 """How equivariant token maps are: R2 and retrieval, of one map or of every layer."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
-from mmpretrain.models.backbones import ResNet
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 
 from ser_mm import geometry
-from ser_mm.evaluation.networks import build_loader
 
 TRANSFORMATIONS = ('rot90', 'rot180', 'flip_lr', 'flip_ud', 'scale', 'mixture')
 """What token maps can be scored under: elements of D4, a resize to 1.3 times the area, and both
@@ -194,63 +189,5 @@ def _draw(
         area = 1.3 if name == 'scale' else 1.0
         elements = torch.full((count,), _ELEMENTS[name])
         return elements, tuple(round(side * math.sqrt(area)) for side in grid)
-    u, v = torch.rand(2, generator=rng, dtype=torch.float64).tolist()
-    area, aspect = 0.7 + 0.6 * u, (4 / 3) ** (2 * v - 1)
-    elements = torch.randint(geometry.NUM_ELEMENTS, (count,), generator=rng)
-    factors = math.sqrt(area / aspect), math.sqrt(area * aspect)
-    return elements, tuple(max(round(n * f), 1) for n, f in zip(grid, factors, strict=True))
-
-
-@contextmanager
-def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
-    """Let a backbone give the token map after every block, and leave it as it was.
-
-    Args:
-        backbone (nn.Module): Of MMPretrain. A ViT gives the map of the patch tokens after every
-            block, a ResNet that of every stage; any other gives what its ``out_indices`` say.
-
-    Yields:
-        Callable: Maps images (N, 3, H, W) to a tuple of maps (N, C, h, w), in eval mode.
-    """
-    options = {}
-    if hasattr(backbone, 'out_type') and hasattr(backbone, 'num_layers'):
-        options = dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
-    elif isinstance(backbone, ResNet):
-        options = dict(out_indices=tuple(range(backbone.num_stages)))
-    before = {name: getattr(backbone, name) for name in options}
-    modes = [(module, module.training) for module in backbone.modules()]
-    try:
-        for name, value in options.items():
-            setattr(backbone, name, value)
-        backbone.eval()
-        yield backbone
-    finally:
-        for name, value in before.items():
-            setattr(backbone, name, value)
-        for module, training in modes:
-            module.training = training
-
-
-def spaced_images(
-    cfg: Config, split: str, count: int, batch_size: int = 64, num_workers: int = 0
-) -> Iterator[Tensor]:
-    """Images of a data set, at equal distances in its order, as the network takes them.
-
-    Args:
-        cfg (Config): With ``evaluation``, see :func:`~ser_mm.evaluation.build_loader`.
-        split (str): Key of ``cfg.evaluation``.
-        count (int): Images, at most.
-        batch_size (int): Images per batch. Defaults to 64.
-        num_workers (int): Processes that read images. Defaults to 0.
-
-    Yields:
-        Tensor: Images, (N, 3, H, W), on the device.
-    """
-    preprocessor, loader = build_loader(cfg, split)
-    total = len(loader.dataset)
-    count = min(count, total)
-    subset = Subset(loader.dataset, [i * total // count for i in range(count)])
-    for batch in DataLoader(
-        subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
-    ):
-        yield preprocessor(batch)['inputs']
+    moved_onto = geometry.draw_grid(grid, generator=rng)
+    return torch.randint(geometry.NUM_ELEMENTS, (count,), generator=rng), moved_onto

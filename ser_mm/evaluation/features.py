@@ -20,7 +20,8 @@ from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .networks import build_backbone, build_loader
+from ser_mm.evaluation.backbone import build_backbone
+from ser_mm.evaluation.data import build_loader
 
 
 class Embedder(nn.Module):

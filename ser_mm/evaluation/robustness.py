@@ -4,18 +4,14 @@ Source of names, formulas and reference figures: arXiv 1903.12261 and the author
 https://github.com/hendrycks/robustness.
 """
 
-import inspect
-import zlib
 from collections.abc import Sequence
 from copy import deepcopy
 
-import mmcv
 import numpy as np
-import torch
-from mmcv.transforms import BaseTransform
-from mmpretrain.datasets import CustomDataset
-from mmpretrain.registry import DATASETS, TRANSFORMS
 from torch import Tensor
+
+from ser_mm.datasets.sequence_folder import VIDEOS
+from ser_mm.datasets.transforms.corrupt import SEVERITIES
 
 # Error of AlexNet (torchvision's) on each corruption, averaged over the five severities: the
 # repository's table.
@@ -37,7 +33,6 @@ ALEXNET_ERRORS = dict(
     jpeg_compression=0.606500,
 )
 CORRUPTIONS = tuple(ALEXNET_ERRORS)
-SEVERITIES = (1, 2, 3, 4, 5)
 # Flip probability of AlexNet on each perturbation: the paper's appendix of full results.
 ALEXNET_FLIPS = dict(
     gaussian_noise=0.2365,
@@ -52,7 +47,6 @@ ALEXNET_FLIPS = dict(
     scale=0.2353,
 )
 PERTURBATIONS = tuple(ALEXNET_FLIPS)
-VIDEOS = ('.mp4',)
 
 
 def corruption_errors(errors: dict[str, Sequence[float]]) -> dict[str, float]:
@@ -164,111 +158,3 @@ def perturbed(dataset: dict, perturbation: str, root: str) -> dict:
 def _name(step: dict) -> str:
     kind = step['type']
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
-
-
-@TRANSFORMS.register_module()
-class Corrupt(BaseTransform):
-    """Corrupt an image as in ImageNet-C, by the ``imagecorruptions`` package.
-
-    The noise depends on the path of the image, the corruption and the severity alone. The
-    published images went through a JPEG of quality 85 after that, these do not.
-
-    **Modified keys**: img
-
-    Args:
-        corruption (str): Name, e.g. 'defocus_blur'.
-        severity (int): 1 to 5.
-
-    Raises:
-        ImportError: If ``imagecorruptions`` is missing.
-        ValueError: If there is no such corruption or severity.
-    """
-
-    def __init__(self, corruption: str, severity: int) -> None:
-        try:
-            from imagecorruptions import corrupt, corruption_dict
-        except ImportError as error:
-            raise ImportError(
-                'Corrupt: corruptions on the fly need `pip install imagecorruptions-imaug`; '
-                'or name the folder of ImageNet-C.'
-            ) from error
-        if corruption not in corruption_dict or severity not in SEVERITIES:
-            raise ValueError(
-                f"Corrupt: corruption='{corruption}', severity={severity}: choose one of "
-                f'{", ".join(corruption_dict)}, and 1 to 5.'
-            )
-        self.corrupt = corrupt
-        self.corruption = corruption
-        self.severity = severity
-        self.takes_seed = 'seed' in inspect.signature(corruption_dict[corruption]).parameters
-
-    def transform(self, results: dict) -> dict:
-        """Corrupt ``img``, (H, W, 3), uint8, BGR, of at least 32 x 32.
-
-        Args:
-            results (dict): With ``img`` and ``img_path``.
-
-        Returns:
-            dict: With the corrupted ``img``.
-        """
-        name = f'{results["img_path"]} {self.corruption} {self.severity}'
-        seed = zlib.crc32(name.encode())
-        state = np.random.get_state()
-        np.random.seed(seed)  # some corruptions draw from this one, others take a seed
-        try:
-            image = self.corrupt(
-                np.ascontiguousarray(results['img'][..., ::-1]),
-                severity=self.severity,
-                corruption_name=self.corruption,
-                **(dict(seed=seed) if self.takes_seed else {}),
-            )
-        finally:
-            np.random.set_state(state)
-        results['img'] = np.ascontiguousarray(image[..., ::-1])
-        return results
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(corruption='{self.corruption}', severity={self.severity})"
-
-
-@DATASETS.register_module()
-class SequenceFolder(CustomDataset):
-    """Videos in class folders, each a sequence of frames with one label.
-
-    An item has ``inputs`` of shape (T, 3, H, W). All videos have to have as many frames as the
-    first.
-
-    Args:
-        extensions (Sequence[str]): Of the files. Defaults to ('.mp4',).
-        **kwargs: Those of MMPretrain's ``CustomDataset``; the pipeline begins with the frame.
-    """
-
-    def __init__(self, *args, extensions: Sequence[str] = VIDEOS, **kwargs) -> None:
-        super().__init__(*args, extensions=extensions, **kwargs)
-        self.frames = len(mmcv.VideoReader(self.get_data_info(0)['img_path']))
-
-    def prepare_data(self, idx: int) -> dict:
-        """Read a video and put each of its frames through the pipeline.
-
-        Args:
-            idx (int): Index of the video.
-
-        Returns:
-            dict: ``inputs`` and ``data_samples``, the data sample of the first frame.
-
-        Raises:
-            ValueError: If the video has less than two frames that can be read, or not as many as
-                the first video.
-        """
-        info = self.get_data_info(idx)
-        frames = [
-            self.pipeline(dict(info, img=frame, img_shape=frame.shape[:2]))
-            for frame in mmcv.VideoReader(info['img_path'])
-        ]
-        if len(frames) < 2 or len(frames) != self.frames:
-            raise ValueError(
-                f'{info["img_path"]} has {len(frames)} readable frames, the first video '
-                f'{self.frames}; replace it.'
-            )
-        inputs = torch.stack([frame['inputs'] for frame in frames])
-        return dict(inputs=inputs, data_samples=frames[0]['data_samples'])

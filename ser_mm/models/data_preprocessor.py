@@ -7,6 +7,7 @@ from mmpretrain.models import SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
+from ser_mm.geometry import draw_grid
 from ser_mm.models.photometry import Photometry
 from ser_mm.views import ViewBatch
 
@@ -130,12 +131,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         """Resize (N2, 3, H, W) to a grid of tokens drawn for this batch and view."""
         if not len(images):
             return images  # and draw nothing, so that the base algorithm draws what it would alone
-        height, width = (side / self.patch_size for side in images.shape[-2:])
-        log_low, log_high = (math.log(bound) for bound in self.aspect_ratio)
-        low, high = self.scale
-        area, log_aspect = torch.rand(2, dtype=torch.float64).tolist()
-        area = height * width * (low + (high - low) * area)
-        aspect = math.exp(log_low + (log_high - log_low) * log_aspect)
-        grid = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        size = [max(side, 1) * self.patch_size for side in grid]
+        base = [side / self.patch_size for side in images.shape[-2:]]
+        grid = draw_grid(base, self.scale, self.aspect_ratio)
+        size = [side * self.patch_size for side in grid]
         return F.interpolate(images, size, mode='bicubic', align_corners=False)

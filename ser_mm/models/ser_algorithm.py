@@ -8,8 +8,8 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
+from ser_mm.models.contract import try_views
 from ser_mm.models.foreach_ema import use_foreach_update
-from ser_mm.models.trial import try_views
 from ser_mm.views import ViewBatch
 
 

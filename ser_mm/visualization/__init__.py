@@ -1,6 +1,6 @@
 from .curves import draw_curves
 from .detections import draw_detections
-from .losses import draw_losses, read_scalars
+from .losses import draw_losses
 from .token_maps import draw_token_maps
 from .tsne import draw_tsne
 from .views import draw_views, restore_images
@@ -12,6 +12,5 @@ __all__ = [
     'draw_token_maps',
     'draw_tsne',
     'draw_views',
-    'read_scalars',
     'restore_images',
 ]

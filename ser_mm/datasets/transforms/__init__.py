@@ -1,4 +1,5 @@
+from .corrupt import Corrupt
 from .equivariant_view_pipeline import EquivariantViewPipeline
 from .load_readable_image import LoadReadableImage
 
-__all__ = ['EquivariantViewPipeline', 'LoadReadableImage']
+__all__ = ['Corrupt', 'EquivariantViewPipeline', 'LoadReadableImage']

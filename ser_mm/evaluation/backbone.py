@@ -1,0 +1,84 @@
+"""The backbone of a run, from its config and checkpoint."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmpretrain.models.backbones import ResNet
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from ser_mm.checkpoint import load_backbone, read_weights
+
+
+def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> nn.Module:
+    """The backbone of a config's model, in eval mode, on the device that there is.
+
+    Args:
+        cfg (Config): Config of a classifier or of a self-supervised algorithm of MMPretrain, or of
+            ``SERAlgorithm``.
+        checkpoint (str, optional): Path or URL of its weights, which have to fit completely; see
+            :func:`ser_mm.checkpoint.load_backbone`. Defaults to None: untrained, initialized as
+            the config says.
+        **overrides: Fields of the backbone's config to replace: ``out_type``, ``out_indices``, ...
+
+    Returns:
+        nn.Module: Maps images (N, 3, H, W) to a tuple of outputs.
+
+    Raises:
+        ValueError: If the model has no backbone of MMPretrain, if the backbone masks its images,
+            or if the checkpoint does not fit.
+    """
+    model = cfg.model.get('algorithm') or cfg.model
+    if 'backbone' not in model:
+        raise ValueError(
+            f"model.type='{model.get('type')}' has no `backbone` in {cfg.filename}; choose the "
+            'config of a classifier or of a self-supervised algorithm.'
+        )
+    backbone = MODELS.build(deepcopy(dict(model.backbone, **overrides)))
+    if 'mask' in inspect.signature(backbone.forward).parameters:
+        raise ValueError(
+            f"model.backbone.type='{model.backbone.type}' masks its images; name the plain network "
+            'that has its weights, in a config that inherits this one: model = dict(backbone=dict('
+            "_delete_=True, type='VisionTransformer', arch=..., out_type='cls_token'))."
+        )
+    if checkpoint is None:
+        backbone.init_weights()
+    else:
+        held = any(name.startswith('backbone.') for name in read_weights(checkpoint))
+        load_backbone(backbone, checkpoint, prefix='backbone.' if held else None)
+    backbone.to(get_device()).train(False)  # returns None in some of MMPretrain's backbones
+    return backbone
+
+
+@contextmanager
+def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Let a backbone give the token map after every block, and leave it as it was.
+
+    Args:
+        backbone (nn.Module): Of MMPretrain. A ViT gives the map of the patch tokens after every
+            block, a ResNet that of every stage; any other gives what its ``out_indices`` say.
+
+    Yields:
+        Callable: Maps images (N, 3, H, W) to a tuple of maps (N, C, h, w), in eval mode.
+    """
+    options = {}
+    if hasattr(backbone, 'out_type') and hasattr(backbone, 'num_layers'):
+        options = dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
+    elif isinstance(backbone, ResNet):
+        options = dict(out_indices=tuple(range(backbone.num_stages)))
+    before = {name: getattr(backbone, name) for name in options}
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        for name, value in options.items():
+            setattr(backbone, name, value)
+        backbone.eval()
+        yield backbone
+    finally:
+        for name, value in before.items():
+            setattr(backbone, name, value)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,151 @@
+"""The labelled images that an evaluation looks at, from the config of a run."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from ser_mm.engine.checks import check_dataset
+
+
+def dataset_of(cfg: Config, split: str) -> dict:
+    """The config of the data set ``evaluation[split]``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    dataset = (cfg.get('evaluation') or {}).get(split)
+    if not dataset:
+        raise ValueError(
+            f'evaluation.{split} is not in {cfg.filename}; set it to a labelled data set: '
+            "dict(type='CustomDataset', data_root=..., pipeline=[...])."
+        )
+    return dataset
+
+
+def build_loader(
+    cfg: Config,
+    split: str,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    pipeline: Sequence[dict] | None = None,
+) -> tuple[nn.Module, DataLoader]:
+    """Labelled images, in the order of the data set, and what makes them the network's input.
+
+    Of several ranks, rank r of W gets images r, r + W, ...: each image once, so ranks may differ
+    by one in how many they get.
+
+    Args:
+        cfg (Config): With the data set as ``evaluation[split]``, and the normalization as
+            ``data_preprocessor``, of the model or of the config.
+        split (str): 'train', 'val' or another key of ``cfg.evaluation``.
+        batch_size (int): Images per batch of a rank. Defaults to 256.
+        num_workers (int): Processes that read images, 0 for none but this one. Defaults to 0.
+        pipeline (Sequence[dict], optional): Transforms instead of those of the data set.
+            Defaults to None.
+
+    Returns:
+        tuple: The preprocessor, on the device, and the loader of its batches.
+
+    Raises:
+        ValueError: If the config says nothing of the split or of the normalization.
+    """
+    dataset = dataset_of(cfg, split)
+    pixels = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    if not pixels:
+        raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
+    pixels = {key: pixels[key] for key in ('mean', 'std', 'to_rgb') if key in pixels}
+    # In test mode an image that cannot be read is an error: another one would take its place.
+    options = dict(test_mode=True, **({} if pipeline is None else dict(pipeline=pipeline)))
+    loader = Runner.build_dataloader(
+        dict(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            dataset=dict(dataset, **options),
+            # Without a seed the sampler draws one, for all ranks together.
+            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False, seed=0),
+            collate_fn=dict(type='default_collate'),
+        )
+    )
+    preprocessor = MODELS.build(dict(type='ClsDataPreprocessor', **pixels)).to(get_device())
+    return preprocessor, loader
+
+
+def spaced_images(
+    cfg: Config, split: str, count: int, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[Tensor]:
+    """Images of a data set, at equal distances in its order, as the network takes them.
+
+    Args:
+        cfg (Config): With ``evaluation``, see :func:`~ser_mm.evaluation.build_loader`.
+        split (str): Key of ``cfg.evaluation``.
+        count (int): Images, at most.
+        batch_size (int): Images per batch. Defaults to 64.
+        num_workers (int): Processes that read images. Defaults to 0.
+
+    Yields:
+        Tensor: Images, (N, 3, H, W), on the device.
+    """
+    preprocessor, loader = build_loader(cfg, split)
+    total = len(loader.dataset)
+    count = min(count, total)
+    subset = Subset(loader.dataset, [i * total // count for i in range(count)])
+    for batch in DataLoader(
+        subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
+    ):
+        yield preprocessor(batch)['inputs']
+
+
+def check_evaluation(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> None:
+    """Check what a config says of labelled images, before long work that ends with them.
+
+    Args:
+        cfg (Config): With ``evaluation``.
+        splits (Sequence[str]): Keys of it that will be used.
+
+    Raises:
+        FileNotFoundError: If data is missing.
+        ValueError: If a split is not in the config, or the class folders of the splits are not
+            the same.
+    """
+    datasets = {f'evaluation.{split}': dataset_of(cfg, split) for split in splits}
+    for field, dataset in datasets.items():
+        check_dataset(field, dataset, cfg.get('default_scope') or 'mmpretrain')
+    check_classes(datasets)
+
+
+def check_classes(datasets: dict[str, dict]) -> None:
+    """Check that the class folders of data sets are the same, as their order numbers the classes.
+
+    Args:
+        datasets (dict[str, dict]): Configs by their place in the config. Those without
+            folders are passed over.
+
+    Raises:
+        ValueError: Naming a folder that is missing.
+    """
+    first = None
+    for field, dataset in datasets.items():
+        if dataset.get('ann_file'):
+            continue
+        prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+        prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
+        folder = Path(dataset.get('data_root') or '', prefix)
+        if not prefix or not folder.is_dir():
+            continue
+        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        if not names:  # labels are in a file, as meta/val.txt of ImageNet
+            continue
+        first = first or (field, folder, names)
+        odd = sorted(names ^ first[2])
+        if odd:
+            raise ValueError(
+                f'{field} ({folder}) and {first[0]} ({first[1]}) have different classes: '
+                f'{odd[0]} and {len(odd) - 1} more are in one only; use folders with the same.'
+            )

@@ -1,0 +1,174 @@
+"""Linear probes: one solved to convergence, and a sweep of learning rates by SGD."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.device import get_device
+from rich.progress import track
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from ser_mm.evaluation.metrics import accuracy
+
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    regularization: float = 1.0,
+    max_iter: int = 1000,
+) -> float:
+    """Accuracy of a logistic regression on frozen features.
+
+    The features are standardized by the mean and deviation of the training set, and the regression
+    is solved to convergence, so nothing but its regularization is to be tuned.
+
+    Args:
+        train (Tensor): Training features, shape (N, C).
+        train_labels (Tensor): Shape (N,).
+        val (Tensor): Validation features, shape (M, C).
+        val_labels (Tensor): Shape (M,).
+        regularization (float): Weight of the squared norm relative to the summed loss, the
+            inverse of scikit-learn's ``C``. Defaults to 1.0.
+        max_iter (int): Limit of the solver's iterations. Defaults to 1000.
+
+    Returns:
+        float: Share of the validation features classified rightly, in [0, 1].
+    """
+    regression = LogisticRegression(C=1 / regularization, max_iter=max_iter)
+    # The solver's steps are so short that threads spend their time waiting for each other.
+    with threadpool_limits(1):
+        probe = make_pipeline(StandardScaler(), regression).fit(train.numpy(), train_labels.numpy())
+    return float(probe.score(val.numpy(), val_labels.numpy()))
+
+
+def fit_linear_heads(
+    features: Tensor,
+    labels: Tensor,
+    learning_rates: Sequence[float],
+    num_classes: int | None = None,
+    epochs: int = 50,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Linear classifiers on frozen features, one per learning rate, in one pass over the features.
+
+    The protocol of MoCo v3 and DINO: SGD with momentum 0.9, no weight decay, learning rates in
+    units of batch_size / 256 that fall to 0 by a cosine, step by step. All heads see the same
+    batches and start at 0; none depends on the others.
+
+    Args:
+        features (Tensor): Shape (N, C).
+        labels (Tensor): Shape (N,).
+        learning_rates (Sequence[float]): L of them.
+        num_classes (int, optional): K. Defaults to None: the largest label + 1.
+        epochs (int): Defaults to 50.
+        batch_size (int): At most N are used. Defaults to 256.
+        seed (int): Seed of the order of the features. Defaults to 0.
+
+    Returns:
+        tuple: Weights (L, C, K) and biases (L, K), on the device.
+    """
+    device, count = get_device(), len(features)
+    batch_size = min(batch_size, count)
+    features, labels = features.to(device), labels.to(device)
+    num_classes = num_classes or int(labels.max()) + 1
+    rates = torch.tensor(learning_rates, device=device) * batch_size / 256
+    shape = len(rates), features.shape[1], num_classes
+    weight = torch.zeros(shape, device=device, requires_grad=True)
+    bias = torch.zeros(shape[0], 1, num_classes, device=device, requires_grad=True)
+    # A head's own rate scales its loss, and with that all of its steps; the schedule is common.
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
+    steps = epochs * -(-count // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.Generator().manual_seed(seed)
+    for _ in track(range(epochs), 'Linear probe'):
+        for batch in torch.randperm(count, generator=order).to(device).split(batch_size):
+            logits = torch.baddbmm(bias, features[batch].expand(len(rates), -1, -1), weight)
+            target = labels[batch].expand(len(rates), -1)
+            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction='none').mean(dim=1)
+            optimizer.zero_grad()
+            (rates * losses).sum().backward()
+            optimizer.step()
+            schedule.step()
+    return weight.detach(), bias.detach().squeeze(1)
+
+
+def select_linear_head(
+    features: Tensor,
+    labels: Tensor,
+    cache_dir: str | Path,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    epochs: int = 50,
+    batch_size: int = 256,
+    holdout: float = 0.1,
+    seed: int = 0,
+) -> tuple[nn.Linear, dict]:
+    """The best head of a sweep of learning rates, by a held-out part of the training set.
+
+    The head is that of the sweep, trained on the rest. It is kept in the cache, under a name that
+    changes with the features, the labels and the arguments.
+
+    Args:
+        features (Tensor): Training features, shape (N, C).
+        labels (Tensor): Shape (N,).
+        cache_dir (str | Path): Folder of the cache.
+        learning_rates (Sequence[float]): See :func:`fit_linear_heads`. Defaults to 0.001 to 10.
+        epochs (int): Defaults to 50.
+        batch_size (int): Defaults to 256.
+        holdout (float): Share of the training set that chooses, drawn at random. Defaults to 0.1.
+        seed (int): Seed of the draw and of the order of the features. Defaults to 0.
+
+    Returns:
+        tuple: The head, and a dict of the choice: ``learning_rate``, and the top-1 accuracies on
+        the held-out part, ``held_out``, by learning rate.
+
+    Raises:
+        ValueError: If ``holdout`` leaves no feature to train on or none to choose by.
+    """
+    settings = [list(learning_rates), epochs, batch_size, holdout, seed]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for tensor in (features, labels):
+        digest.update(np.ascontiguousarray(tensor.numpy()))
+    path = Path(cache_dir, f'head-{digest.hexdigest()[:20]}.npz')
+    count = round(holdout * len(features))
+    if not 0 < count < len(features):
+        raise ValueError(
+            f'holdout={holdout} of {len(features)} training images is {count}; choose a share '
+            'that leaves some to train on and some to choose by.'
+        )
+    if not path.exists():
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        held, rest = order[:count], order[count:]
+        classes = int(labels.max()) + 1
+        weight, bias = fit_linear_heads(
+            features[rest], labels[rest], learning_rates, classes, epochs, batch_size, seed
+        )
+        scores = [features[held] @ w + b for w, b in zip(weight.cpu(), bias.cpu(), strict=True)]
+        top1 = np.array([accuracy(x, labels[held])['top1'] for x in scores])
+        best = int(top1.argmax())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f'.{uuid.uuid4().hex}.part.npz')  # another tool may fit it too
+        np.savez(partial, weight=weight[best].cpu(), bias=bias[best].cpu(), best=best, top1=top1)
+        partial.replace(path)
+    with np.load(path) as arrays:
+        weight, bias = (torch.from_numpy(arrays[name]) for name in ('weight', 'bias'))
+        best, top1 = int(arrays['best']), arrays['top1'].tolist()
+    head = nn.Linear(*weight.shape)
+    head.load_state_dict(dict(weight=weight.T, bias=bias))
+    return head, dict(
+        learning_rate=learning_rates[best],
+        held_out={str(rate): value for rate, value in zip(learning_rates, top1, strict=True)},
+    )

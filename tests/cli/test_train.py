@@ -1,0 +1,185 @@
+"""The shipped recipe through the shipped tools: processes, kills, bad data, broken losses."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+
+CONFIG = ROOT / 'configs' / 'ser_mocov3_vits16.py'
+
+
+def short(data_root, *extra: str, epochs: int = 1) -> list[str]:
+    """Arguments that shorten a shipped ViT recipe to a few steps of two images."""
+    return [
+        '--cfg-options',
+        f'train_cfg.max_epochs={epochs}',
+        'train_dataloader.batch_size=2',
+        'train_dataloader.num_workers=1',
+        f'train_dataloader.dataset.data_root={data_root}',
+        'train_dataloader.dataset.pipeline.1.equi_ratio=0.5',
+        'default_hooks.logger.interval=1',
+        *extra,
+    ]
+
+
+def train(*args: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / 'tools' / 'train.py', *map(str, args)]
+    return subprocess.run(
+        command, cwd=ROOT, check=check, text=True, stdout=-1, stderr=subprocess.STDOUT, **kwargs
+    )
+
+
+def dist_train(*args: str) -> subprocess.Popen:
+    """``tools/dist_train.sh`` on two CPU processes, in a process group of its own."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    env = dict(
+        os.environ, PORT=str(port), PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    )
+    env.setdefault('VIRTUAL_ENV', sys.prefix)
+    command = ['bash', 'tools/dist_train.sh', CONFIG, '2', *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=-2)
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL to a process and all below it: torchrun gives its ranks sessions of their own."""
+    parents = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
+    doomed = {run.pid}
+    while below := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= below
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.wait()
+
+
+def assert_same(a, b, place='') -> None:
+    assert type(a) is type(b), place
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f'{place} differs by {(a - b).abs().max()}'
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_same(a[key], b[key], f'{place}.{key}')
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f'{place}.{i}')
+    else:
+        assert a == b, place
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_and_ends_as_the_uninterrupted_one(imagenet_tree, tmp_path):
+    args = short(imagenet_tree, epochs=2)
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    run = dist_train('--work-dir', whole, *args)
+    out, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, out
+
+    run = dist_train('--work-dir', killed, *args)
+    for line in run.stdout:  # 16 images, 2 ranks, 2 images each: 4 steps an epoch
+        if 'Epoch(train) [2][2/4]' in line:
+            break
+    kill(run)
+    assert (killed / 'epoch_1.pth').exists() and not (killed / 'epoch_2.pth').exists()
+
+    run = dist_train('--work-dir', killed, '--resume', *args)
+    out, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, out
+    assert 'Epoch(train) [1]' not in out and 'Epoch(train) [2][4/4]' in out
+    a, b = (torch.load(d / 'epoch_2.pth', weights_only=False) for d in (whole, killed))
+    for part in ('state_dict', 'optimizer', 'param_schedulers'):
+        assert_same(a[part], b[part], part)
+    first = torch.load(whole / 'epoch_1.pth', weights_only=False)['state_dict']
+    moved = [k for k, v in a['state_dict'].items() if not torch.equal(v, first[k])]
+    assert any(k.startswith('backbone.layers') for k in moved)
+    assert any(k.startswith('ser_neck') for k in moved)
+    assert any(k.startswith('momentum_encoder') for k in moved)
+
+
+def test_epochs_and_workers_draw_different_views(imagenet_tree):
+    """MMEngine's own worker seeds repeat in every epoch; ours depend on the epoch."""
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import Runner
+
+    from ser_mm.engine import EpochSeedHook
+
+    cfg = Config.fromfile(CONFIG)
+    init_default_scope('mmpretrain')
+    cfg.train_dataloader.update(batch_size=4, num_workers=2, sampler=dict(shuffle=False))
+    cfg.train_dataloader.sampler.type = 'DefaultSampler'
+    cfg.train_dataloader.dataset.data_root = str(imagenet_tree)
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    state = type('Run', (), dict(seed=0, epoch=0))()
+
+    def epoch(number):
+        state.epoch = number
+        EpochSeedHook().before_train_epoch(state)
+        return torch.cat([batch['inputs'][0] for batch in loader])
+
+    first, second, again = epoch(0), epoch(1), epoch(0)
+    assert torch.equal(first, again)
+    assert not (first == second).flatten(1).all(1).any()
+
+
+@pytest.mark.slow
+def test_corrupt_image_among_good_ones_is_skipped_and_named(imagenet_tree, tmp_path):
+    folder = tmp_path / 'data' / 'train' / 'class'
+    shutil.copytree(imagenet_tree / 'train' / 'n00000000', folder)
+    bad = folder / 'bad.JPEG'
+    bad.write_bytes(b'\xff\xd8 this is no image')
+    run = train(CONFIG, '--work-dir', tmp_path / 'work', *short(tmp_path / 'data'))
+    assert f'Skipped an unreadable image, {bad}' in run.stdout
+    assert (tmp_path / 'work' / 'epoch_1.pth').exists()
+
+
+def test_only_corrupt_images_stop_with_an_error(tmp_path):
+    folder = tmp_path / 'train' / 'class'
+    folder.mkdir(parents=True)
+    for i in range(4):
+        (folder / f'{i}.JPEG').write_bytes(b'')
+    run = train(CONFIG, '--work-dir', tmp_path / 'work', *short(tmp_path), check=False)
+    assert run.returncode != 0
+    assert 'Cannot find valid image' in run.stdout
+
+
+@pytest.mark.parametrize('content', ['missing', 'empty'])
+def test_missing_or_empty_data_folder_is_one_sentence(content, tmp_path):
+    root = tmp_path / 'data'
+    if content == 'empty':
+        (root / 'train').mkdir(parents=True)
+    run = train(CONFIG, '--work-dir', tmp_path / 'work', *short(root), check=False)
+    assert run.returncode != 0
+    last = run.stdout.strip().splitlines()[-1]
+    assert last.startswith('error: train_dataloader.dataset.data_root') and str(root) in last
+    assert '--cfg-options' in last
+
+
+@pytest.mark.slow
+def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(imagenet_tree, tmp_path):
+    args = short(imagenet_tree, 'optim_wrapper.optimizer.lr=1e30', 'param_scheduler=[]', epochs=2)
+    args += ['train_dataloader.batch_size=4', 'default_hooks.checkpoint.by_epoch=False']
+    run = train(CONFIG, '--work-dir', tmp_path, *args, 'custom_hooks.1.interval=1', check=False)
+    assert run.returncode != 0
+    last = run.stdout.strip().splitlines()[-1]
+    assert re.search(r'not finite at iteration \d+: loss=nan, loss_inv=\S+, loss_ser=\S+', last)
+    iteration = int(re.search(r'iteration (\d+)', last)[1])
+    kept = torch.load(tmp_path / f'iter_{iteration - 1}.pth', weights_only=False)
+    assert not (tmp_path / f'iter_{iteration}.pth').exists()
+    assert kept['meta']['iter'] == iteration - 1

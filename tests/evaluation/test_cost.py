@@ -1,0 +1,124 @@
+"""What SER adds to a step, in counts that no machine changes."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step
+from tests.support import short_run
+from tests.support.algorithms import ALGORITHMS, EMBED_DIMS, IMAGE, PATCH, build, two_views
+from tests.support.paths import ROOT
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+
+
+def config(model, views):
+    pipeline = [dict(type='LoadImageFromFile'), views, dict(type='PackInputs')]
+    return Config(dict(model=model, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
+
+
+def linear(rows, *widths):
+    """FLOPs of linear layers, for both gradients as many again as for the product."""
+    return 3 * sum(2 * rows * i * o for i, o in zip(widths, widths[1:], strict=False))
+
+
+def test_flops_are_those_counted_by_hand():
+    images, patches, width = 8, (IMAGE // PATCH) ** 2, EMBED_DIMS
+    network = 2 * 2 * images * patches * width * 3 * PATCH**2  # no gradient to the images
+    for tokens in [patches, patches, patches + 1, patches + 1]:  # [CLS] enters after block 2
+        network += linear(images * tokens, width, 3 * width)
+        network += linear(images * tokens, width, width)
+        network += linear(images * tokens, width, 2 * width, width)
+        # Attention is 2 products, and 5 backward: its kernels compute the scores again.
+        network += 7 * 2 * images * tokens**2 * width
+    projector = linear(images, width, 64, 32)
+    plain = 2 * (network + projector) + linear(32, images, 32)
+
+    model = ALGORITHMS['barlowtwins']
+    counted = count_step(config(short_run.without_ser(model), short_run.MULTI_VIEW), images)
+    assert counted['flops'] == plain and counted['parts'] == {} and counted['b2'] == 0
+
+    def ser(b2):
+        queries = b2 * patches
+        neck = 2 * linear(queries, width, 40, 24)
+        rho = b2 * 16 + 2 * queries * 8  # the elements, and where they sample
+        return neck + rho, 2 * linear(queries, 24, queries)
+
+    counted = count_step(config(model, short_run.equivariant_views(equi_ratio=0.25)), images)
+    neck, loss = ser(2)
+    assert counted['parts'] == dict(without_b2=plain, b2=0, neck=neck, loss=loss)
+    assert counted['flops'] == plain + neck + loss and counted['b2'] == 2
+    counted = count_step(config(model, short_run.equivariant_views(equi_ratio=0.3)), images)
+    assert counted['b2'] == pytest.approx(2.4)
+    weighed = plain + 0.6 * sum(ser(2)) + 0.4 * sum(ser(3))
+    assert counted['flops'] == pytest.approx(weighed, abs=1)
+
+
+@pytest.mark.parametrize('name', ['mocov3', 'simsiam_resnet'])
+def test_operators_are_those_of_a_real_step(name):
+    counted = count_step(config(ALGORITHMS[name], short_run.equivariant_views(0.25)), 8)
+    model = build(ALGORITHMS[name])
+    for module in model.modules():
+        if hasattr(module, 'update_parameters'):
+            module.update_parameters = lambda model: None
+    views = two_views(6, 2, grids=[(IMAGE // PATCH,) * 2] * 2)
+    with OperatorCounter() as operators:
+        model.parse_losses(model(views, mode='loss'))[0].backward()
+    assert counted['operators'] == operators.counts.total()
+    assert counted['parameters'] == sum(p.numel() for p in model.parameters())
+
+
+def test_counting_takes_no_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counted = count_step(config(ALGORITHMS['mocov3'], short_run.equivariant_views(2e-6)), 10**6)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert counted['flops'] > 10**14
+    assert after - before < 2**20  # KiB; one view would take 12 GB
+
+
+@pytest.mark.slow
+def test_tool_tells_that_ser_costs_at_most_3_in_1000(tmp_path):
+    tool = [sys.executable, ROOT / 'tools' / 'cost.py']
+    subprocess.run(
+        [*tool, ROOT / 'configs/ser_mocov3_vits16.py', '--out', tmp_path / 'cost.json'], check=True
+    )
+    result = json.loads((tmp_path / 'cost.json').read_text())
+    assert result['about']['batch_size'] == 256
+    assert result['about']['flops_ratio'] <= 1.003
+    rows = result['rows']
+    assert rows['config']['b2'] == 2.56
+    assert rows['config']['ratio_without_late_cls'] <= 1.003  # the later [CLS] saves some, too
+    assert sum(rows['config']['parts'].values()) == pytest.approx(rows['config']['flops'], abs=4)
+    run = subprocess.run(
+        [*tool, ROOT / 'configs/mocov3_vits16.py'], text=True, stderr=subprocess.PIPE
+    )
+    assert run.returncode == 2 and 'name one with --baseline' in run.stderr
+
+
+@pytest.mark.slow
+def test_one_pass_for_b1_and_b2_costs_few_operators():
+    from step import use_two_passes
+
+    init_default_scope('mmpretrain')
+    MMLogger.get_instance('cost', log_level='ERROR')
+    ser, baseline = (
+        Config.fromfile(ROOT / 'configs' / f'{name}mocov3_vits16.py') for name in ('ser_', '')
+    )
+    counts = {
+        name: TrainingStep(cfg, 4, 0.5, change).count()
+        for name, cfg, change in [
+            ('baseline', baseline, None),
+            ('packed', ser, None),
+            ('two passes', ser, use_two_passes),
+        ]
+    }
+    operators = {name: row['operators'] for name, row in counts.items()}
+    assert operators['packed'] <= 1.3 * operators['baseline']
+    assert operators['two passes'] > 2 * operators['baseline']
+    assert counts['packed']['flops'] == counts['two passes']['flops']

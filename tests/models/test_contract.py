@@ -1,0 +1,349 @@
+"""Which algorithms SER wraps, and what it says of the others."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.logging import MessageHub
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmpretrain.models import LatentCrossCorrelationHead
+from mmpretrain.registry import MODELS
+from torch import nn
+
+from ser_mm.models import CrossCorrelationHead
+from tests.support.algorithms import (
+    ALGORITHMS,
+    BACKBONE,
+    EMBED_DIMS,
+    IMAGE,
+    barlowtwins,
+    build,
+    mlp,
+    simsiam,
+    two_views,
+    with_ser,
+)
+from tests.support.two_ranks import on_two_ranks
+
+
+@MODELS.register_module(force=True)
+class OwnAlgorithm(BaseModel):
+    """Someone's own: a regression of one view on the other, under a schedule of its own."""
+
+    momentum = False
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+        if self.momentum:
+            self.slow = copy.deepcopy(self.backbone).requires_grad_(False)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.loss(inputs, data_samples) if mode == 'loss' else self.backbone(inputs)
+
+    def targets(self, view):
+        return self.slow(view)[-1] if self.momentum else self.backbone_of(view).detach()
+
+    def backbone_of(self, view):
+        return self.backbone(view)[-1]
+
+    def loss(self, inputs, data_samples=None):
+        hub = MessageHub.get_current_instance()
+        assert len(data_samples) == len(inputs[0])
+        weight = 1 - hub.get_info('iter') / hub.get_info('max_iters')
+        a, b = (self.backbone_of(view) for view in inputs[:2])
+        if self.momentum:
+            a, b = a - self.targets(inputs[1]), b - self.targets(inputs[0])
+            return dict(loss_own=weight * (a.square().mean() + b.square().mean()))
+        return dict(loss_own=weight * (a - b).square().mean(), spread=a.std().detach())
+
+
+@MODELS.register_module(force=True)
+class OwnMomentumAlgorithm(OwnAlgorithm):
+    momentum = True
+
+
+@MODELS.register_module(force=True)
+class TwiceAlgorithm(OwnAlgorithm):
+    def backbone_of(self, view):
+        return self.backbone(view)[-1] + self.backbone(view)[-1]
+
+
+@MODELS.register_module(force=True)
+class OneSidedAlgorithm(OwnAlgorithm):
+    def loss(self, inputs, data_samples=None):
+        return dict(loss=self.backbone(inputs[0])[-1].mean())
+
+
+@MODELS.register_module(force=True)
+class StackingAlgorithm(OwnAlgorithm):
+    def loss(self, inputs, data_samples=None):
+        return dict(loss=self.backbone(torch.cat(inputs))[-1].mean())
+
+
+@MODELS.register_module(force=True)
+class ThreeBranchAlgorithm(OwnMomentumAlgorithm):
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.third = copy.deepcopy(self.slow)
+
+    def targets(self, view):
+        return super().targets(view) + self.third(view)[-1]
+
+
+class Dropping(nn.Module):
+    token_map_channels, token_map_stride = EMBED_DIMS, 8
+
+
+@MODELS.register_module(force=True)
+class FewEmbeddings(Dropping):
+    """A backbone that forgets b2's embeddings."""
+
+    def forward(self, x):
+        x.token_maps[self] = x.equi.new_zeros(len(x.equi), 48, *(s // 8 for s in x.equi.shape[2:]))
+        return (x.base.mean(dim=(2, 3)),)
+
+
+@MODELS.register_module(force=True)
+class WrongMap(Dropping):
+    """A backbone whose token map has another stride than it tells."""
+
+    def forward(self, x):
+        x.token_maps[self] = x.equi.mean(1, keepdim=True).expand(-1, 48, -1, -1)
+        return (torch.cat([x.base.mean(dim=(2, 3)), x.equi.mean(dim=(2, 3))]),)
+
+
+def own(kind, backbone=BACKBONE):
+    return with_ser(dict(type=kind, backbone=backbone))
+
+
+@pytest.mark.parametrize('kind', ['OwnAlgorithm', 'OwnMomentumAlgorithm'])
+def test_an_algorithm_of_ones_own_plugs_in(kind):
+    model = build(own(kind))
+    views = two_views()
+    losses = model(views, [None] * 9, mode='loss')
+    alone = model.algorithm.loss(views, [None] * 9)
+    torch.testing.assert_close(losses['loss_inv'], alone['loss_own'])
+    assert losses.keys() - {'spread'} == {'loss_inv', 'loss_ser'}
+    losses['loss_ser'].backward()
+    early = [p for name, p in model.backbone.named_parameters() if name.startswith('layers.1.')]
+    assert all(p.grad.abs().max() > 0 for p in [*early, *model.ser_neck.parameters()])
+    late = [p for name, p in model.backbone.named_parameters() if name.startswith('layers.2.')]
+    assert all(p.grad is None or not p.grad.any() for p in late)
+
+
+PREDICT = dict(type='LatentPredictHead', predictor=mlp(), loss=dict(type='CosineSimilarityLoss'))
+CONTRAST = dict(type='ContrastiveHead', loss=dict(type='CrossEntropyLoss'))
+MAE = dict(
+    type='MAE',
+    backbone=dict(type='MAEViT', arch='b', img_size=32),
+    neck=dict(type='MAEPretrainDecoder', embed_dim=768, decoder_depth=1),
+    head=dict(
+        type='MAEPretrainHead',
+        patch_size=16,
+        loss=dict(type='PixelReconstructionLoss', criterion='L2'),
+    ),
+)
+SWAV = dict(
+    type='SwAV',
+    backbone=BACKBONE,
+    neck=dict(
+        type='SwAVNeck',
+        in_channels=48,
+        hid_channels=64,
+        out_channels=32,
+        with_avg_pool=False,
+        norm_cfg=dict(type='BN1d'),
+    ),
+    head=dict(
+        type='SwAVHead',
+        loss=dict(type='SwAVLoss', feat_dim=32, num_crops=[2], num_prototypes=10),
+    ),
+)
+REFUSED = {
+    'SimCLR': (
+        dict(type='SimCLR', backbone=BACKBONE, neck=mlp(EMBED_DIMS), head=CONTRAST),
+        '`stack` cannot take a view, for it holds b1 and b2, which differ in size',
+    ),
+    'SwAV': (SWAV, 'a view has no `shape`, for it holds b1 and b2, which differ in size'),
+    'MAE': (MAE, 'gives `backbone` a list instead of one whole view'),
+    'MAE on our ViT': (
+        dict(MAE, backbone=BACKBONE),
+        'gives `backbone` a list instead of one whole view',
+    ),
+    'MoCo': (
+        dict(
+            type='MoCo',
+            queue_len=64,
+            feat_dim=32,
+            backbone=BACKBONE,
+            neck=mlp(EMBED_DIMS),
+            head=CONTRAST,
+        ),
+        'a view has no `shape`',
+    ),
+    'stacking': (dict(type='StackingAlgorithm', backbone=BACKBONE), '`cat` cannot take a view'),
+    'twice': (dict(type='TwiceAlgorithm', backbone=BACKBONE), 'to `backbone` 2 times'),
+    'one view': (dict(type='OneSidedAlgorithm', backbone=BACKBONE), 'to `backbone` 0 times'),
+    'three branches': (
+        dict(type='ThreeBranchAlgorithm', backbone=BACKBONE),
+        'at most one momentum branch',
+    ),
+    'few embeddings': (
+        dict(type='OwnAlgorithm', backbone=dict(type='FewEmbeddings')),
+        '4 images have 2 embeddings',
+    ),
+    'wrong map': (
+        dict(type='OwnAlgorithm', backbone=dict(type='WrongMap')),
+        r'token map has the shape \(2, 48, 32, 24\) instead of \(2, 48, 4, 3\)',
+    ),
+    'neck that does not fit': (simsiam(BACKBONE, mlp(40)), 'mat1 and mat2 shapes'),
+    'plain backbone': (
+        simsiam(dict(type='VisionTransformer', arch='deit-tiny', img_size=32), mlp(192)),
+        'gives no token map; use',
+    ),
+    'no ser_layer': (simsiam(dict(BACKBONE, ser_layer=None), mlp(48)), 'gives no token map; use'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_work_is_refused_at_build_in_one_sentence(name):
+    algorithm, why = REFUSED[name]
+    with pytest.raises(ValueError, match=why) as error:
+        MODELS.build(with_ser(algorithm))
+    message = str(error.value)
+    assert message.startswith('SERAlgorithm: ') and algorithm['type'] in message
+    assert message.endswith('.') and '\n' not in message and '. ' not in message
+
+
+@pytest.mark.parametrize('name', ['byol', 'barlowtwins_resnet'])
+def test_trial_leaves_no_trace(name, monkeypatch):
+    """Same weights, buffers, random numbers and message hub as without it."""
+    hub = MessageHub.get_current_instance()
+
+    def built():
+        monkeypatch.setattr(hub, '_runtime_info', dict(iter=7))
+        torch.manual_seed(0)
+        model = MODELS.build(ALGORITHMS[name])
+        return model.state_dict(), torch.rand(3), hub.runtime_info
+
+    with_trial = built()
+    monkeypatch.setattr('ser_mm.models.ser_algorithm.try_views', lambda algorithm: None)
+    without = built()
+    assert with_trial[0].keys() == without[0].keys()
+    assert all(torch.equal(with_trial[0][key], without[0][key]) for key in without[0])
+    assert torch.equal(with_trial[1], without[1])
+    assert with_trial[2] == without[2] == dict(iter=7)
+
+
+def test_in_a_process_group_the_first_step_says_why(tmp_path):
+    dist.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = build(with_ser(REFUSED['SimCLR'][0]))
+        with pytest.raises(TypeError, match='`stack` cannot take a view, for it holds b1 and b2'):
+            model.loss(two_views(), [None] * 9)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('base', [simsiam, barlowtwins])
+def test_gradient_to_online_keys_is_a_choice(base):
+    """Through both sides by default; with detach_keys, as if the keys were given numbers."""
+    gradients, losses = {}, {}
+    for detach_keys in (False, True):
+        torch.manual_seed(0)
+        model = build(with_ser(base(BACKBONE, mlp(EMBED_DIMS)), detach_keys=detach_keys))
+        given = []
+        compute = model.ser_head.loss
+
+        def spy(queries, keys, compute=compute, given=given):
+            given.append(keys)
+            return compute(queries, keys)
+
+        model.ser_head.loss = spy
+        losses[detach_keys] = model.loss(two_views(), [None] * 9)['loss_ser']
+        assert all(key.requires_grad != detach_keys for key in given[0])
+        weights = [model.ser_neck.layers[1].weight, model.backbone.layers[0].attn.qkv.weight]
+        gradients[detach_keys] = torch.autograd.grad(losses[detach_keys], weights)
+    assert torch.equal(losses[False], losses[True])
+    for both, one in zip(gradients[False], gradients[True], strict=True):
+        assert both.abs().max() > 0 and (both - one).abs().max() > 0.1 * both.abs().max()
+
+
+def ser_gradients(rank, detach_keys):
+    """Of the SER loss, by one process or as DDP averages them over two."""
+    torch.manual_seed(0)
+    model = build(with_ser(simsiam(BACKBONE, mlp(EMBED_DIMS)), detach_keys=detach_keys)).double()
+    views = two_views(n1=4, n2=3, dtype=torch.float64)
+    if rank is not None:
+        model = MMDistributedDataParallel(model, find_unused_parameters=True)
+        for view in views:  # two images of b2 here, one there
+            view.base = view.base[2 * rank : 2 * rank + 2]
+            own = slice(0, 2) if rank == 0 else slice(2, 3)
+            view.equi, view.elements = view.equi[own], view.elements[own]
+    model(views, [None] * len(views[0]), mode='loss')['loss_ser'].backward()
+    names = 'ser_neck.layers.1.weight', 'backbone.layers.0.attn.qkv.weight'
+    return [p.grad for name, p in model.named_parameters() if name.endswith(names)]
+
+
+def ser_gradients_both(rank=None):
+    return [ser_gradients(rank, detach_keys) for detach_keys in (False, True)]
+
+
+@pytest.mark.slow
+def test_online_keys_of_other_ranks_count_as_ones_own():
+    one, ranks = ser_gradients_both(), on_two_ranks(ser_gradients_both)
+    for rank in ranks:
+        for detach_keys in (False, True):
+            assert len(one[detach_keys]) == 2
+            for grad, expected in zip(rank[detach_keys], one[detach_keys], strict=True):
+                assert expected.abs().max() > 0
+                torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def correlation(rank=None):
+    """Loss and gradient of Barlow Twins' head, with given statistics, over 6 images."""
+    head = CrossCorrelationHead(5, dict(type='CrossCorrelationLoss')).double().eval()
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    own = slice(None) if rank is None else slice(3 * rank, 3 * rank + 3)
+    loss = head.loss(*(scale * x[:, own]))
+    (grad,) = torch.autograd.grad(loss, scale)
+    return loss.detach(), grad
+
+
+@pytest.mark.slow
+def test_cross_correlation_does_not_depend_on_the_number_of_ranks():
+    loss, grad = correlation()
+    (loss_0, grad_0), (loss_1, grad_1) = on_two_ranks(correlation)
+    torch.testing.assert_close(loss_0, loss)
+    torch.testing.assert_close(loss_1, loss)
+    torch.testing.assert_close((grad_0 + grad_1) / 2, grad)  # the mean, which DDP takes
+
+
+def test_cross_correlation_is_that_of_mmpretrain_on_one_process():
+    options = dict(in_channels=5, loss=dict(type='CrossCorrelationLoss', lambd=0.0051))
+    x = torch.randn(2, 6, 5)
+    expected = LatentCrossCorrelationHead(**options).loss(*x.clone())
+    head = CrossCorrelationHead(**options)
+    torch.testing.assert_close(head.loss(*x), expected)
+    with torch.autocast('cpu', torch.bfloat16):
+        low = head.loss(*x.bfloat16())
+    assert low.dtype == torch.float32
+
+
+def test_views_are_handed_on_whole():
+    """What the trial relies on: nothing but a backbone gets anything out of a view."""
+    (view, other) = two_views()
+    assert len(view) == 9
+    for use in (
+        lambda: torch.cat([view, other]),
+        lambda: nn.functional.conv2d(view, torch.ones(1, 3, 1, 1)),
+        lambda: torch.add(view, 1),
+    ):
+        with pytest.raises(TypeError, match='cannot take a view'):
+            use()
+    with pytest.raises(AttributeError, match='a view has no `device`'):
+        view.device  # noqa: B018
+    assert copy.deepcopy(view).base.shape == (6, 3, IMAGE, IMAGE)

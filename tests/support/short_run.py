@@ -1,0 +1,75 @@
+"""A few steps of a tiny model by MMEngine's Runner, on a small JPEG tree."""
+
+import copy
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from tests.support.algorithms import IMAGE, PIXELS
+
+CROP = dict(type='RandomResizedCrop', scale=IMAGE, crop_ratio_range=(0.3, 1.0))
+JITTER = dict(type='ColorJitter', brightness=0.4, contrast=0.4)
+FLIP = dict(type='RandomFlip', prob=0.5)
+VIEWS = [[CROP, JITTER, FLIP], [CROP, FLIP]]
+MULTI_VIEW = dict(type='MultiView', num_views=[1, 1], transforms=VIEWS)
+
+
+def equivariant_views(equi_ratio):
+    return dict(
+        type='EquivariantViewPipeline',
+        equi_ratio=equi_ratio,
+        views=VIEWS,
+        equi_crop=[CROP],
+        equi_views=[[JITTER], []],
+    )
+
+
+def without_ser(config):
+    """The wrapped algorithm alone, on the same backbone: [CLS] stays where it was."""
+    algorithm = copy.deepcopy(config['algorithm'])
+    ser_layer = algorithm['backbone'].pop('ser_layer')
+    if algorithm['backbone']['type'] == 'SERVisionTransformer':
+        algorithm['backbone'].setdefault('cls_layer', ser_layer)
+    return dict(algorithm, data_preprocessor=dict(type='SelfSupDataPreprocessor', **PIXELS))
+
+
+class Record(Hook):
+    """All parameters and buffers after initialization and after every step."""
+
+    def before_train(self, runner):
+        self.states = [copy.deepcopy(runner.model.state_dict())]
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.states.append(copy.deepcopy(runner.model.state_dict()))
+
+
+def run(model, views, root, work_dir, epochs=2, resume_from=None, hooks=(), cfg=None):
+    """Train on ``root``; returns the runner and the states that it went through."""
+    record = Record()
+    pipeline = [dict(type='LoadImageFromFile'), views, dict(type='PackInputs')]
+    runner = Runner(
+        copy.deepcopy(model),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            batch_size=4,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+            collate_fn=dict(type='default_collate'),
+            dataset=dict(
+                type='CustomDataset', data_root=str(root), data_prefix='train', pipeline=pipeline
+            ),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1)),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, end=4, by_epoch=False),
+        default_scope='mmpretrain',
+        load_from=resume_from and str(resume_from),
+        resume=resume_from is not None,
+        custom_hooks=[dict(type='EpochSeedHook'), record, *hooks],
+        randomness=dict(seed=3),
+        log_level='WARNING',
+        cfg=cfg,
+        experiment_name=str(work_dir).replace('/', '_'),
+    )
+    runner.train()
+    return runner, record.states
