@@ -11,6 +11,7 @@ import torch
 from mmengine.utils import digit_version
 
 from . import datasets, engine, evaluation, models
+from .engine.hub import register_model_index
 
 __version__ = '0.1.0'
 
@@ -24,3 +25,5 @@ if digit_version(torch.__version__) >= digit_version('2.6') and (
         f'{torch.__version__}; install onedl-mmengine, which goes by the same import name.',
         stacklevel=2,
     )
+
+register_model_index()
