@@ -115,7 +115,7 @@ def act(maps: Tensor, element: Tensor, size: tuple[int, int]) -> Tensor:
         size (tuple[int, int]): Height and width of the grid to map onto.
 
     Returns:
-        Tensor: Shape (N, C, *size), of the dtype of ``maps``.
+        Tensor: Shape (N, C, h, w) with (h, w) = ``size``, of the dtype of ``maps``.
     """
     # In float32 the rounding of the sampling positions alone moves values by 4e-6; in float64 a
     # turn or a flip comes back exact after rounding to the dtype of the maps.

@@ -18,7 +18,7 @@ class ViewBatch:
 
     The base algorithm takes it for a batch of images and hands it to its backbones. A backbone
     that supports SER returns embeddings of all N1 + N2 images, b1 first, and leaves the token map
-    of b2 under its own name in :attr:`token_maps`. To use it as a tensor in any other way, such
+    of b2 under its own name in ``token_maps``. To use it as a tensor in any other way, such
     as to stack two of them, is an error that says why.
 
     Attributes:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ser_mm import geometry
 
 TRANSFORMATIONS = ('rot90', 'rot180', 'flip_lr', 'flip_ud', 'scale', 'mixture')
-"""What token maps can be scored under: elements of D4, a resize to 1.3 times the area, and both
-as drawn in training: an element for each image and a grid for each batch."""
+"""Transformations that token maps are scored under. These are elements of D4, a resize to 1.3 times
+the area, and both as drawn in training, with an element for each image and a grid for each batch."""
 
 _ELEMENTS = dict(rot90=1, rot180=2, flip_lr=4, flip_ud=6, scale=0)
 
@@ -125,7 +125,7 @@ def equivariance_by_layer(
     Args:
         token_maps (Callable): Maps images (N, 3, H, W) to token maps (N, C, h, w), one per layer,
             for any H and W that are whole numbers of the largest token. A network has to be in
-            eval mode, see :func:`token_maps_of`.
+            eval mode, see :func:`~ser_mm.evaluation.token_maps_of`.
         batches (Iterable[Tensor]): Square images, (N, 3, H, H) each.
         transformations (Sequence[str]): Of ``TRANSFORMATIONS``, all by default. 'flip_lr'
             exchanges left and right. The grid of 'mixture' has 0.7 to 1.3 times the area and an

@@ -71,7 +71,8 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
 
         Args:
             data (dict): ``inputs``, the collated views (B, 3, H, W), uint8, followed by the
-                geometry records (B, V) of :class:`EquivariantViewPipeline`; ``data_samples``.
+                geometry records (B, V) of :class:`~ser_mm.datasets.EquivariantViewPipeline`;
+                ``data_samples``.
                 A single tensor of images is only normalized.
             training (bool): Passed on. Defaults to False.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[float | str, float, float]]
-"""Points of a curve: place, height, and half the length of the error bar (0: none)."""
+"""The points of a curve, each with a place, a height and half an error bar (0 for none)."""
 
 
 def draw_curves(
