@@ -1,6 +1,10 @@
 # Barlow Twins, ViT-S/16, ImageNet-1k, 100 epochs, 8 x 256 images: the baseline of
 # ser_barlowtwins_vits16.py.
-_base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
+_base_ = [
+    '_base_/imagenet_two_views.py',
+    '_base_/schedule_100e.py',
+    '_base_/default_runtime.py',
+]
 
 crop = dict(_base_.crop, interpolation='bicubic')
 view_pipeline1 = [crop, *_base_.photometry1, _base_.flip]
@@ -44,23 +48,5 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.3),
 )
 auto_scale_lr = dict(base_batch_size=2048)
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-4,
-        by_epoch=True,
-        begin=0,
-        end=10,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=90,
-        eta_min_ratio=0.001,
-        by_epoch=True,
-        begin=10,
-        end=100,
-        convert_to_iter_based=True,
-    ),
-]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(eta_min_ratio=0.001)

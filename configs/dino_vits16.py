@@ -1,6 +1,10 @@
 # DINO, ViT-S/16, ImageNet-1k, 100 epochs, 8 x 256 images, two global views and no local crops:
 # the baseline of ser_dino_vits16.py.
-_base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
+_base_ = [
+    '_base_/imagenet_two_views.py',
+    '_base_/schedule_100e.py',
+    '_base_/default_runtime.py',
+]
 
 crop = dict(_base_.crop, crop_ratio_range=(0.25, 1.0), interpolation='bicubic')
 view_pipeline1 = [crop, *_base_.photometry1, _base_.flip]
@@ -50,35 +54,19 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.3),
 )
 auto_scale_lr = dict(base_batch_size=2048)
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-4,
-        by_epoch=True,
-        begin=0,
-        end=10,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=90,
-        eta_min=1e-5,
-        by_epoch=True,
-        begin=10,
-        end=100,
-        convert_to_iter_based=True,
-    ),
-    # From 0.04 to 0.4; what does not decay, at 0, stays there.
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(eta_min=1e-5)
+# From 0.04 to 0.4; what does not decay, at 0, stays there.
+param_scheduler.append(
     dict(
         type='CosineAnnealingParamScheduler',
         param_name='weight_decay',
-        T_max=100,
+        T_max=_base_.max_epochs,
         eta_min_ratio=10,
         by_epoch=True,
         begin=0,
-        end=100,
+        end=_base_.max_epochs,
         convert_to_iter_based=True,
-    ),
-]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)
+    )
+)
 custom_hooks = [*_base_.custom_hooks, dict(type='FreezeLayerHook', layer='neck.last_layer')]

@@ -1,6 +1,10 @@
 # MoCo v3, ResNet-50, ImageNet-1k, 100 epochs, 8 x 256 images: the baseline of ser_mocov3_r50.py.
 # MMPretrain's recipe (mocov3_resnet50_8xb512-amp-coslr-100e_in1k) at half its batch.
-_base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
+_base_ = [
+    '_base_/imagenet_two_views.py',
+    '_base_/schedule_100e.py',
+    '_base_/default_runtime.py',
+]
 
 crop = dict(_base_.crop, crop_ratio_range=(0.2, 1.0))
 view_pipeline1 = [crop, *_base_.photometry1, _base_.flip]
@@ -54,22 +58,3 @@ optim_wrapper = dict(
     ),
 )
 auto_scale_lr = dict(base_batch_size=2048)
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-4,
-        by_epoch=True,
-        begin=0,
-        end=10,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=90,
-        by_epoch=True,
-        begin=10,
-        end=100,
-        convert_to_iter_based=True,
-    ),
-]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)

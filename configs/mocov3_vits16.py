@@ -1,5 +1,9 @@
 # MoCo v3, ViT-S/16, ImageNet-1k, 100 epochs, 8 x 256 images: the baseline of ser_mocov3_vits16.py.
-_base_ = ['_base_/imagenet_two_views.py', '_base_/default_runtime.py']
+_base_ = [
+    '_base_/imagenet_two_views.py',
+    '_base_/schedule_100e.py',
+    '_base_/default_runtime.py',
+]
 
 norm_cfg = dict(type='BN1d')
 temperature = 0.2
@@ -48,22 +52,3 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=2.4e-3, weight_decay=0.1),
 )
 auto_scale_lr = dict(base_batch_size=2048)
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-4,
-        by_epoch=True,
-        begin=0,
-        end=10,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=90,
-        by_epoch=True,
-        begin=10,
-        end=100,
-        convert_to_iter_based=True,
-    ),
-]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100)

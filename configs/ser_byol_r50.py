@@ -1,15 +1,6 @@
 # BYOL + SER, ResNet-50, with the projector, predictor and schedule of MoCo v3: a start, not a
 # tuned recipe.
-_base_ = ['ser_mocov3_r50.py']
+_base_ = ['ser_mocov3_r50.py', '_base_/latent_prediction.py']
 
-model = dict(
-    algorithm=dict(
-        type='BYOL',
-        head=dict(
-            _delete_=True,
-            type='LatentPredictHead',
-            predictor=_base_.algorithm.head.predictor,
-            loss=dict(type='CosineSimilarityLoss'),
-        ),
-    )
-)
+predictor = _base_.algorithm.head.predictor
+model = dict(algorithm=dict(type='BYOL', head=dict(**_base_.byol_head, predictor=predictor)))

@@ -2,29 +2,19 @@
 _base_ = ['mocov3_r50.py']
 
 algorithm = _base_.model
-algorithm.pop('data_preprocessor')
 algorithm.backbone.update(ser_layer=3)
 model = dict(
     _delete_=True,
     type='SERAlgorithm',
     algorithm=algorithm,
-    neck=dict(type='SERNeck', in_channels=1024),
     head=dict(type='SERHead', temperature=0.5),
     loss_weight=1.0,
-    data_preprocessor=dict(_base_.data_preprocessor, type='SERDataPreprocessor'),
 )
 
 # The projector's LayerNorm, as all norms.
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'ser_neck.layers.0': dict(decay_mult=0, lars_exclude=True)})
-)
+norm_of_neck = dict(decay_mult=0, lars_exclude=True)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'ser_neck.layers.0': norm_of_neck}))
 
 train_pipeline = _base_.train_pipeline
-train_pipeline[1] = dict(
-    type='EquivariantViewPipeline',
-    equi_ratio=0.01,
-    views=[_base_.view_pipeline1, _base_.view_pipeline2],
-    equi_crop=[_base_.crop],
-    equi_views=[_base_.photometry1, _base_.photometry2],
-)
+train_pipeline[1].update(type='EquivariantViewPipeline', equi_ratio=0.01)
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

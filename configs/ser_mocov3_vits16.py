@@ -2,32 +2,15 @@
 _base_ = ['mocov3_vits16.py']
 
 algorithm = _base_.model
-algorithm.pop('data_preprocessor')
 algorithm.backbone.update(ser_layer=3)
 model = dict(
     _delete_=True,
     type='SERAlgorithm',
     algorithm=algorithm,
-    neck=dict(type='SERNeck', in_channels=384, hid_channels=512, out_channels=512),
     head=dict(type='SERHead', temperature=0.5),
     loss_weight=1.0,
-    data_preprocessor=dict(
-        _base_.data_preprocessor,
-        type='SERDataPreprocessor',
-        scale=(0.7, 1.3),
-        aspect_ratio=(3 / 4, 4 / 3),
-    ),
 )
 
-train_pipeline = [
-    dict(type='LoadReadableImage'),
-    dict(
-        type='EquivariantViewPipeline',
-        equi_ratio=0.01,
-        views=[_base_.view_pipeline1, _base_.view_pipeline2],
-        equi_crop=[_base_.crop],
-        equi_views=[_base_.photometry1, _base_.photometry2],
-    ),
-    dict(type='PackInputs'),
-]
+train_pipeline = _base_.train_pipeline
+train_pipeline[1].update(type='EquivariantViewPipeline', equi_ratio=0.01)
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -5,5 +5,5 @@ model = dict(data_preprocessor=dict(photometry=[_base_.photometry1, _base_.photo
 
 geometry = [_base_.crop, _base_.flip]
 train_pipeline = _base_.train_pipeline
-train_pipeline[1].update(views=[geometry, geometry], equi_views=[[], []])
+train_pipeline[1].update(transforms=[geometry, geometry])
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

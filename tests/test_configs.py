@@ -43,7 +43,7 @@ def shortened(config, data_root, batch_size):
     if cfg.train_dataloader.dataset.type == 'ImageNet':  # insists on its 1000 classes
         options.append('train_dataloader.dataset.metainfo.classes=[a,b,c,d]')
     if cfg.model.type == 'SERAlgorithm':
-        assert cfg.train_pipeline[1]['type'] == 'EquivariantViewPipeline'
+        assert cfg.train_dataloader.dataset.pipeline[1].type == 'EquivariantViewPipeline'
         options.append('train_dataloader.dataset.pipeline.1.equi_ratio=0.5')
     return cfg, options
 
@@ -58,7 +58,7 @@ def test_trains(config, imagenet_tree, tmp_path):
         config = tmp_path / 'of_a_user.py'
         config.write_text(code.group(1))
     cfg, options = shortened(config, imagenet_tree, batch_size=8)
-    command = [sys.executable, ROOT / 'tools' / 'train.py', config, '--work-dir', tmp_path]
+    command = [sys.executable, '-m', 'ser_mm.cli.train', config, '--work-dir', tmp_path]
     run = subprocess.run(
         [*command, '--cfg-options', *options],
         cwd=ROOT,
@@ -92,20 +92,14 @@ def test_pair_differs_in_the_ser_lines_only(config):
     ser = Config.fromfile(config.with_name(f'ser_{config.name}')).to_dict()
     algorithm = ser['model']['algorithm']
     assert algorithm['backbone'].pop('ser_layer') == 3
-    pixels = base['model'].pop('data_preprocessor')
     assert base['model'] == algorithm
-    kept = {key: ser['model']['data_preprocessor'][key] for key in pixels if key != 'type'}
-    assert kept == {key: value for key, value in pixels.items() if key != 'type'}
 
     load, views, pack = base['train_dataloader']['dataset'].pop('pipeline')
     load_ser, views_ser, pack_ser = ser['train_dataloader']['dataset'].pop('pipeline')
     assert (load, pack) == (load_ser, pack_ser)
-    assert views['transforms'] == views_ser['views']
-    # The shared crop and the photometry of b2 are those of b1.
-    crop, flip = base.get('crop'), base.get('flip')
-    for view, photometry in zip(views['transforms'], views_ser['equi_views'], strict=True):
-        assert view == [crop, *photometry, flip]
-    assert views_ser['equi_crop'] == [crop]
+    assert (views.pop('type'), views_ser.pop('type')) == ('MultiView', 'EquivariantViewPipeline')
+    assert views_ser.pop('equi_ratio') == 0.01
+    assert views == views_ser
 
     keys = base.get('optim_wrapper', {}).get('paramwise_cfg', {}).get('custom_keys', {})
     ser_keys = ser['optim_wrapper'].get('paramwise_cfg', {}).get('custom_keys', {})
@@ -113,3 +107,29 @@ def test_pair_differs_in_the_ser_lines_only(config):
         assert name.startswith('ser_neck') and ser_keys.pop(name)
     rest = base.keys() - {'model', 'train_pipeline'}
     assert {key: base[key] for key in rest} == {key: ser[key] for key in rest}
+
+
+def code_lines(path):
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith('#')]
+
+
+def test_ser_configs_hold_what_is_theirs():
+    """A SER config inherits its baseline; what it adds fits on a few lines."""
+    paths = [*(ROOT / 'configs').glob('ser_*.py'), *(ROOT / 'configs/demo').glob('ser_*.py')]
+    lines = {path.stem: code_lines(path) for path in paths}
+    assert len(paths) == 14 and sum(map(len, lines.values())) <= 150
+    assert len(lines['ser_mocov3_vits16']) <= 14
+    assert all(len(line) <= 100 for found in lines.values() for line in found)
+
+
+def test_values_of_ser_are_visible():
+    """In the config that a run writes down, not only in the defaults of classes."""
+    text = Config.fromfile(ROOT / 'configs/ser_mocov3_vits16.py').pretty_text
+    for value in ('equi_ratio=0.01', 'temperature=0.5', 'loss_weight=1.0', 'ser_layer=3'):
+        assert value in text.replace(' ', '')
+
+
+def test_names_are_unique():
+    names = [path.name for path in (ROOT / 'configs').rglob('*.py')]
+    assert len(names) == len(set(names))

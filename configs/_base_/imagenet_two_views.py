@@ -56,3 +56,8 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     ),
 )
+
+# What MMPretrain's FeatureExtractor reads. Nothing is tested while pretraining.
+test_dataloader = dict(dataset=_base_.evaluation.val)
+test_cfg = dict()
+test_evaluator = []

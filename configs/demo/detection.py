@@ -1,6 +1,6 @@
 # A small Mask R-CNN for handwritten digits on photographs, on a frozen backbone pretrained by
 # another config of this folder: tools/demo_detection.py takes model.backbone from there.
-_base_ = ['../coco/mask-rcnn_mocov3_vits16.py']
+_base_ = ['../coco/mask-rcnn_vits16.py']
 
 strides = [4, 8, 16, 32]  # of a patch of 8
 roi_extractor = dict(out_channels=64, featmap_strides=strides, finest_scale=28)

@@ -46,6 +46,11 @@ evaluation = dict(
     val=dict(type='BundledPhotos', split='val', pipeline=eval_pipeline),
 )
 
+# What MMPretrain's FeatureExtractor reads. Nothing is tested while pretraining.
+test_dataloader = dict(dataset=evaluation['val'])
+test_cfg = dict()
+test_evaluator = []
+
 norm_cfg = dict(type='BN1d')
 temperature = 0.2
 model = dict(

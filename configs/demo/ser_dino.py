@@ -2,24 +2,16 @@
 _base_ = ['dino.py']
 
 algorithm = _base_.model
-algorithm.pop('data_preprocessor')
 algorithm.backbone.update(ser_layer=2)
 model = dict(
     _delete_=True,
     type='SERAlgorithm',
     algorithm=algorithm,
-    neck=dict(type='SERNeck', in_channels=96, hid_channels=128, out_channels=128),
+    neck=dict(type='SERNeck', hid_channels=128, out_channels=128),
     head=dict(type='SERHead', temperature=0.4),
     loss_weight=0.3,
-    data_preprocessor=dict(_base_.data_preprocessor, type='SERDataPreprocessor', patch_size=8),
 )
 
 train_pipeline = _base_.train_pipeline
-train_pipeline[1] = dict(
-    type='EquivariantViewPipeline',
-    equi_ratio=1 / 8,
-    views=[_base_.view_pipeline1, _base_.view_pipeline2],
-    equi_crop=[_base_.crop],
-    equi_views=[_base_.photometry1, _base_.photometry2],
-)
+train_pipeline[1].update(type='EquivariantViewPipeline', equi_ratio=1 / 8)
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -1,5 +1,6 @@
 from .bundled_digits import write_bundled_digits
 from .bundled_photos import BundledPhotos, write_bundled_photos
+from .collate import default_collate
 from .sequence_folder import SequenceFolder
 from .transforms import Corrupt, EquivariantViewPipeline, LoadReadableImage
 
@@ -9,6 +10,7 @@ __all__ = [
     'EquivariantViewPipeline',
     'LoadReadableImage',
     'SequenceFolder',
+    'default_collate',
     'write_bundled_digits',
     'write_bundled_photos',
 ]

@@ -14,6 +14,21 @@ from torch import Tensor, nn
 from ser_mm.checkpoint import load_backbone, read_weights
 
 
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config, with the preprocessor that the Runner would give it.
+
+    Args:
+        cfg (Config): Config of a run.
+
+    Returns:
+        nn.Module: As built, not initialized.
+    """
+    model = deepcopy(cfg.model)
+    if cfg.get('data_preprocessor'):
+        model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
+    return MODELS.build(model)
+
+
 def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> nn.Module:
     """The backbone of a config's model, in eval mode, on the device that there is.
 

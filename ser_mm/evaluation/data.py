@@ -43,7 +43,7 @@ def build_loader(
 
     Args:
         cfg (Config): With the data set as ``evaluation[split]``, and the normalization as
-            ``data_preprocessor``, of the model or of the config.
+            ``data_preprocessor`` of the model, of the algorithm in it, or of the config.
         split (str): 'train', 'val' or another key of ``cfg.evaluation``.
         batch_size (int): Images per batch of a rank. Defaults to 256.
         num_workers (int): Processes that read images, 0 for none but this one. Defaults to 0.
@@ -57,7 +57,9 @@ def build_loader(
         ValueError: If the config says nothing of the split or of the normalization.
     """
     dataset = dataset_of(cfg, split)
-    pixels = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    pixels = {}
+    for place in (cfg, cfg.model.get('algorithm') or {}, cfg.model):
+        pixels.update(place.get('data_preprocessor') or {})
     if not pixels:
         raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
     pixels = {key: pixels[key] for key in ('mean', 'std', 'to_rgb') if key in pixels}

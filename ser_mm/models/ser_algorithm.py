@@ -1,14 +1,18 @@
+import inspect
+import warnings
 from collections.abc import Callable
 
 import torch
 from mmengine import dist
 from mmengine.model import BaseModel
+from mmpretrain.models import SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
 from ser_mm.models.contract import try_views
+from ser_mm.models.data_preprocessor import SERDataPreprocessor
 from ser_mm.models.foreach_ema import use_foreach_update
 from ser_mm.views import ViewBatch
 
@@ -44,73 +48,57 @@ class SERAlgorithm(BaseModel):
 
     Args:
         algorithm (dict): Config of the wrapped algorithm, e.g. MMPretrain's ``MoCoV3``.
-        neck (dict): Config of the projector of the token map, :class:`~ser_mm.models.SERNeck`.
-        head (dict): Config of the equivariance loss, :class:`~ser_mm.models.SERHead`.
+        neck (dict, optional): Config of the projector of the token map. Its ``type`` defaults to
+            :class:`~ser_mm.models.SERNeck`, its ``in_channels`` to those of the token map.
+            Defaults to None.
+        head (dict, optional): Config of the equivariance loss, its ``type`` by default
+            :class:`~ser_mm.models.SERHead`. Defaults to None.
         loss_weight (float): Weight of the equivariance loss. Defaults to 1.0.
         detach_keys (bool): Stop the gradient to keys of the online branch, which provides them
             where there is no momentum branch. Keys of a momentum branch never carry gradient.
             Defaults to False.
-        data_preprocessor (dict, optional): Config of the preprocessor. Defaults to None:
-            ``dict(type='SERDataPreprocessor')``.
+        data_preprocessor (dict, optional): Config of the preprocessor; the Runner hands in its
+            top-level ``data_preprocessor`` where the model has none. A ``SelfSupDataPreprocessor``,
+            MMPretrain's, becomes a :class:`~ser_mm.models.SERDataPreprocessor`. What it leaves out
+            is that of the wrapped algorithm (mean, std, channel order) and of its backbone
+            (``patch_size``, the stride of the token map). Defaults to None.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
         ValueError: At build, if the wrapped algorithm does not meet the contract, or if the neck
             or the preprocessor do not fit the backbone.
+
+    Example:
+        >>> backbone = dict(type='SERVisionTransformer', arch='deit-small', ser_layer=3)
+        >>> model = dict(type='SERAlgorithm', algorithm=dict(algorithm, backbone=backbone))
     """
 
     def __init__(
         self,
         algorithm: dict,
-        neck: dict,
-        head: dict,
+        neck: dict | None = None,
+        head: dict | None = None,
         loss_weight: float = 1.0,
         detach_keys: bool = False,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        data_preprocessor = dict(data_preprocessor or {})
-        data_preprocessor.setdefault('type', 'SERDataPreprocessor')
-        super().__init__(MODELS.build(data_preprocessor), init_cfg)
-        self.algorithm = MODELS.build(algorithm)
-        use_foreach_update(self.algorithm)
+        wrapped = MODELS.build(algorithm)
+        use_foreach_update(wrapped)
+        _check_algorithm(wrapped)
+        preprocessor = _preprocessor(
+            data_preprocessor, algorithm.get('data_preprocessor'), wrapped.backbone
+        )
+        super().__init__(preprocessor, init_cfg)
+        self.algorithm = wrapped
         # The wrapped algorithm is initialized from the random state that it would have alone.
         with torch.random.fork_rng(devices=[]):
-            self.ser_neck = MODELS.build(neck)
-            self.ser_head = MODELS.build(head)
+            self.ser_neck = _build_neck(neck, wrapped.backbone)
+            self.ser_head = MODELS.build(dict(dict(type='SERHead'), **(head or {})))
         self.loss_weight = loss_weight
         self.detach_keys = detach_keys
-        self._check()
         self.register_state_dict_post_hook(_to_keys_of_algorithm)
         self.register_load_state_dict_pre_hook(_from_keys_of_algorithm)
-
-    def _check(self) -> None:
-        name = type(self.algorithm).__name__
-        backbone = getattr(self.algorithm, 'backbone', None)
-        if backbone is None:
-            raise ValueError(
-                f'SERAlgorithm: algorithm={name} has no `backbone`; wrap an algorithm whose online '
-                'network is its attribute `backbone`.'
-            )
-        if not dist.is_distributed():
-            try_views(self.algorithm)
-        channels = getattr(backbone, 'token_map_channels', None)
-        if channels is None:
-            raise ValueError(
-                f'SERAlgorithm: the backbone of {name}, {type(backbone).__name__}, gives no token '
-                "map; use type='SERVisionTransformer' with ser_layer=3, say."
-            )
-        if self.ser_neck.in_channels != channels:
-            raise ValueError(
-                f'SERAlgorithm: neck.in_channels={self.ser_neck.in_channels}, but the token map '
-                f'has {channels} channels; set neck.in_channels={channels}.'
-            )
-        stride = backbone.token_map_stride
-        if self.data_preprocessor.patch_size != stride:
-            raise ValueError(
-                f'SERAlgorithm: data_preprocessor.patch_size={self.data_preprocessor.patch_size}, '
-                f'but a token of the backbone covers {stride} pixels; set patch_size={stride}.'
-            )
 
     @property
     def backbone(self) -> nn.Module:
@@ -127,6 +115,18 @@ class SERAlgorithm(BaseModel):
         if mode == 'loss':
             return self.loss(inputs, data_samples)
         return self.algorithm(inputs, data_samples, mode=mode)
+
+    def extract_feat(self, inputs: Tensor, **kwargs) -> tuple | Tensor:
+        """Features of images by the wrapped algorithm, as MMPretrain's FeatureExtractor asks for.
+
+        Args:
+            inputs (Tensor): Normalized images, (N, 3, H, W).
+            **kwargs: Those of the wrapped algorithm's ``extract_feat``.
+
+        Returns:
+            tuple | Tensor: What it gives; most give the outputs of ``backbone``.
+        """
+        return self.algorithm.extract_feat(inputs, **kwargs)
 
     def loss(
         self, inputs: list[ViewBatch], data_samples: list[DataSample] | None = None
@@ -176,6 +176,79 @@ class SERAlgorithm(BaseModel):
     def get_layer_depth(self, param_name: str) -> tuple[int, int]:
         """Depth of a parameter of the wrapped algorithm, see its ``get_layer_depth``."""
         return self.algorithm.get_layer_depth(param_name.removeprefix('algorithm.'))
+
+
+def _check_algorithm(algorithm: nn.Module) -> None:
+    """Refuse an algorithm that does not meet the contract of SERAlgorithm."""
+    name = type(algorithm).__name__
+    backbone = getattr(algorithm, 'backbone', None)
+    if backbone is None:
+        raise ValueError(
+            f'SERAlgorithm: algorithm={name} has no `backbone`; wrap an algorithm whose online '
+            'network is its attribute `backbone`.'
+        )
+    if not dist.is_distributed():
+        try_views(algorithm)
+    if getattr(backbone, 'token_map_channels', None) is None:
+        raise ValueError(
+            f'SERAlgorithm: the backbone of {name}, {type(backbone).__name__}, gives no token '
+            "map; use type='SERVisionTransformer' with ser_layer=3, say."
+        )
+
+
+def _build_neck(config: dict | None, backbone: nn.Module) -> nn.Module:
+    """The projector, as wide at its input as the token map."""
+    channels = backbone.token_map_channels
+    config = dict(dict(type='SERNeck'), **(config or {}))
+    kind = MODELS.get(config['type']) if isinstance(config['type'], str) else config['type']
+    if kind is not None and 'in_channels' in inspect.signature(kind).parameters:
+        config.setdefault('in_channels', channels)
+    neck = MODELS.build(config)
+    if getattr(neck, 'in_channels', channels) != channels:
+        raise ValueError(
+            f'SERAlgorithm: neck.in_channels={neck.in_channels}, but the token map has {channels} '
+            f'channels; leave it out, or set neck.in_channels={channels}.'
+        )
+    return neck
+
+
+def _preprocessor(
+    given: dict | nn.Module | None, inner: dict | None, backbone: nn.Module
+) -> nn.Module:
+    """The preprocessor: ``given``, else what the wrapped algorithm and its backbone know."""
+    stride = backbone.token_map_stride
+    if not isinstance(given, nn.Module):
+        config = {**(inner or {}), **(given or {})}
+        kind = config.get('type', 'SelfSupDataPreprocessor')
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        if kind is SelfSupDataPreprocessor:
+            config['type'] = kind = SERDataPreprocessor
+        if kind is not None and not issubclass(kind, SERDataPreprocessor):
+            raise _not_splitting(kind)
+        if config.get('mean') is None:
+            warnings.warn(
+                'SERAlgorithm: neither data_preprocessor nor the wrapped algorithm has a mean and '
+                'std, so images keep their values from 0 to 255; set data_preprocessor=dict('
+                'mean=[...], std=[...], to_rgb=True).',
+                stacklevel=2,
+            )
+        config.setdefault('patch_size', stride)
+        given = MODELS.build(config)
+    elif not isinstance(given, SERDataPreprocessor):
+        raise _not_splitting(type(given))
+    if given.patch_size != stride:
+        raise ValueError(
+            f'SERAlgorithm: data_preprocessor.patch_size={given.patch_size}, but a token of the '
+            f'backbone covers {stride} pixels; leave it out, or set patch_size={stride}.'
+        )
+    return given
+
+
+def _not_splitting(kind: type) -> ValueError:
+    return ValueError(
+        f'SERAlgorithm: data_preprocessor.type={kind.__name__} does not split views into b1 and '
+        "b2; use type='SERDataPreprocessor', or leave it out."
+    )
 
 
 def _to_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

@@ -1,5 +1,7 @@
 # What a frozen ViT-S/16 changes in a detector of MMDetection: the backbone, the pyramid made of its
-# last map (ViTDet, arXiv 2203.16527), and the optimizer.
+# last map (ViTDet, arXiv 2203.16527), and the optimizer. For other weights than SER's:
+# --cfg-options model.backbone.init_cfg.checkpoint=PATH, with model.backbone.cls_layer=0 for those
+# of a network that has [CLS] from its input, as the baselines have.
 custom_imports = dict(imports=['ser_mm'])
 
 backbone = dict(
@@ -8,10 +10,11 @@ backbone = dict(
     img_size=224,
     patch_size=16,
     out_type='featmap',
+    cls_layer=3,  # where SER's backbone inserts [CLS]; weights that have it elsewhere are refused
     frozen_stages=12,  # all of it; -1 trains it with the detector
     init_cfg=dict(
         type='Pretrained',
-        checkpoint='work_dirs/mocov3_vits16/epoch_100.pth',
+        checkpoint='work_dirs/ser_mocov3_vits16/epoch_100.pth',
         prefix='backbone.',
     ),
 )

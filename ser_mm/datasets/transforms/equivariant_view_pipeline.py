@@ -6,6 +6,7 @@ import torch
 from mmcv.transforms import BaseTransform, Compose
 from mmpretrain.registry import TRANSFORMS
 
+from ser_mm.datasets.transforms.policy import derive_crop, derive_photometry, find_geometry
 from ser_mm.geometry import NUM_ELEMENTS, act_on_array
 
 NOT_IN_B2 = -1
@@ -31,34 +32,61 @@ class EquivariantViewPipeline(BaseTransform):
 
     Args:
         views (Sequence[list]): Pipeline of each view of b1. All views have the same size, but for
-            further ones beyond ``equi_views`` (local crops), which b2 gets as b1 does.
-        equi_crop (list): Pipeline that crops an image of b2, to the size of ``views``, square.
-        equi_views (Sequence[list]): Photometric pipeline of each view of b2; two of them. Leave
-            photometry out of these and of ``views`` to have it done on the device, by
-            ``photometry`` of :class:`~ser_mm.models.SERDataPreprocessor`.
+            further ones beyond the first two (local crops), which b2 gets as b1 does. MultiView's
+            arguments do as well: ``transforms`` with ``num_views``.
+        equi_crop (list, optional): Pipeline that crops an image of b2, to the size of ``views``,
+            square. Defaults to None: the crop that the first two of ``views`` begin with.
+        equi_views (Sequence[list], optional): Photometric pipeline of each view of b2; two of them.
+            Leave photometry out of these and of ``views`` to have it done on the device, by
+            ``photometry`` of :class:`~ser_mm.models.SERDataPreprocessor`. Defaults to None: the
+            first two of ``views`` without crop and flip.
         equi_ratio (float): Probability of an image to be in b2. Defaults to 0.01.
+        transforms (Sequence[list], optional): Another name of ``views``. Defaults to None.
+        num_views (int | Sequence[int], optional): How often each of ``transforms`` is a view.
+            Defaults to None: once.
 
     Raises:
-        ValueError: If ``equi_ratio`` is outside [0, 1], there are fewer ``views`` than
-            ``equi_views``, or ``equi_crop`` gives an image that is not square.
+        ValueError: If ``equi_ratio`` is outside [0, 1], there are fewer than two views, the policy
+            of b2 cannot be derived, ``equi_views`` move the content of an image, or ``equi_crop``
+            gives an image that is not square.
+
+    Example:
+        >>> crop = dict(type='RandomResizedCrop', scale=224)
+        >>> view = [crop, dict(type='Solarize', thr=128), dict(type='RandomFlip', prob=0.5)]
+        >>> pipeline = dict(type='EquivariantViewPipeline', views=[view, view], equi_ratio=0.01)
     """
 
     def __init__(
         self,
-        views: Sequence[list],
-        equi_crop: list,
-        equi_views: Sequence[list],
+        views: Sequence[list] | None = None,
+        equi_crop: list | None = None,
+        equi_views: Sequence[list] | None = None,
         equi_ratio: float = 0.01,
+        transforms: Sequence[list] | None = None,
+        num_views: int | Sequence[int] | None = None,
     ) -> None:
         if not 0 <= equi_ratio <= 1:
             raise ValueError(
                 f'EquivariantViewPipeline: equi_ratio={equi_ratio} is the share of images in b2; '
                 'choose it within [0, 1].'
             )
-        if len(equi_views) != 2 or len(views) < 2:
+        views = _expand(views, transforms, num_views)
+        if len(views) < 2 or (equi_views is not None and len(equi_views) != 2):
             raise ValueError(
-                f'EquivariantViewPipeline: got {len(equi_views)} equi_views and {len(views)} '
-                'views; give two equi_views, and as many views or more.'
+                f'EquivariantViewPipeline: got {2 if equi_views is None else len(equi_views)} '
+                f'equi_views and {len(views)} views; give two equi_views, and as many views or '
+                'more.'
+            )
+        if equi_views is None:
+            equi_views = derive_photometry(views[:2])
+        if equi_crop is None:
+            equi_crop = derive_crop(views[:2])
+        moving = next((name for view in equi_views for name in find_geometry(view)), None)
+        if moving:
+            raise ValueError(
+                f'EquivariantViewPipeline: {moving} in equi_views moves the content of an image, '
+                'of which the geometry record would not know; move it to equi_crop, or leave it '
+                'out, as each view of b2 is turned and flipped anyway.'
             )
         self.views = [Compose(view) for view in views]
         self.equi_crop = Compose(equi_crop)
@@ -101,3 +129,25 @@ class EquivariantViewPipeline(BaseTransform):
             f'{type(self).__name__}(equi_ratio={self.equi_ratio}, views={self.views}, '
             f'equi_crop={self.equi_crop}, equi_views={self.equi_views})'
         )
+
+
+def _expand(
+    views: Sequence[list] | None,
+    transforms: Sequence[list] | None,
+    num_views: int | Sequence[int] | None,
+) -> list[list]:
+    """One pipeline per view, from ``views`` or from MultiView's arguments."""
+    if (views is None) == (transforms is None):
+        raise ValueError(
+            'EquivariantViewPipeline: give either views=[...], the pipeline of each view, or '
+            "MultiView's transforms=[...] with num_views."
+        )
+    pipelines = list(transforms if views is None else views)
+    counts = [1] * len(pipelines) if num_views is None else num_views
+    counts = [counts] if isinstance(counts, int) else list(counts)
+    if len(counts) != len(pipelines):
+        raise ValueError(
+            f'EquivariantViewPipeline: num_views={num_views} has {len(counts)} numbers for '
+            f'{len(pipelines)} pipelines; give one for each.'
+        )
+    return [pipeline for pipeline, n in zip(pipelines, counts, strict=True) for _ in range(n)]

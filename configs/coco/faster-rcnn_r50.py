@@ -1,4 +1,4 @@
-# Faster R-CNN, 1x, on a frozen ResNet-50 pretrained by mocov3_r50.py.
+# Faster R-CNN, 1x, on a frozen ResNet-50; its weights: model.backbone.init_cfg.checkpoint.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '_base_/frozen_r50.py']
 
 model = dict(backbone=_base_.backbone)

@@ -1,4 +1,4 @@
-# Faster R-CNN, 1x, on a frozen ViT-S/16 pretrained by mocov3_vits16.py.
+# Faster R-CNN, 1x, on a frozen ViT-S/16; its weights: model.backbone.init_cfg.checkpoint.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '_base_/frozen_vits16.py']
 
 model = dict(
