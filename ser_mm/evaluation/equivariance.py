@@ -11,7 +11,7 @@ from ser_mm import geometry
 
 TRANSFORMATIONS = ('rot90', 'rot180', 'flip_lr', 'flip_ud', 'scale', 'mixture')
 """Transformations that token maps are scored under. These are elements of D4, a resize to 1.3 times
-the area, and both as drawn in training, with an element for each image and a grid for each batch."""
+the area, and both as drawn in training, an element for each image and a grid for each batch."""
 
 _ELEMENTS = dict(rot90=1, rot180=2, flip_lr=4, flip_ud=6, scale=0)
 
