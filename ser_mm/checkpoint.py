@@ -56,7 +56,7 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
 
     Raises:
         pickle.UnpicklingError: If the file holds anything but tensors and plain data.
-        ValueError: If it is no checkpoint, or a damaged one.
+        ValueError: If it is not a checkpoint, or a damaged one.
     """
     data = mmengine.fileio.get(checkpoint)
     try:

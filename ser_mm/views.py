@@ -14,11 +14,11 @@ _NO_TENSOR = (
 
 @dataclass(eq=False)
 class ViewBatch:
-    """One view of a mini-batch: b1 at the base size, b2 at a size of its own.
+    """One view of a mini-batch: b1 at the base size, b2 at another size.
 
     The base algorithm takes it for a batch of images and hands it to its backbones. A backbone
     that supports SER returns embeddings of all N1 + N2 images, b1 first, and leaves the token map
-    of b2 under its own name in ``token_maps``. To use it as a tensor in any other way, such
+    of b2 in ``token_maps``, with itself as the key. To use it as a tensor in any other way, such
     as to stack two of them, is an error that says why.
 
     Attributes:

@@ -9,7 +9,7 @@ import numpy as np
 from .bundled_photos import PICTURES, read_picture
 
 CLASSES = tuple('0123456789')
-# Pictures with writing of their own would hold objects that no annotation tells.
+# Pictures with writing in them would hold objects without annotations.
 _PICTURES = [name for name in PICTURES if name not in ('page', 'text')]
 _VAL_PICTURES = _PICTURES[::4]
 _TRAIN_DIGITS = 1200  # of 1797; they are sorted by writer

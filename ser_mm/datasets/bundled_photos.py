@@ -206,6 +206,6 @@ class BundledPhotos(CustomDataset):
         if is_main_process():
             write_bundled_photos(self.data_root, **self.crops)
         barrier()
-        # Ranks on a machine with a disk of its own still find nothing.
+        # Ranks on another machine, with another disk, still find nothing.
         write_bundled_photos(self.data_root, **self.crops)
         return super().load_data_list()

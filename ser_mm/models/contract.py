@@ -23,7 +23,7 @@ def try_views(algorithm: nn.Module) -> None:
 
     Args:
         algorithm (nn.Module): An algorithm with a ``backbone``. If that has no
-            ``token_map_channels``, only what it is handed is looked at.
+            ``token_map_channels``, only what it is handed is checked.
 
     Raises:
         ValueError: If ``loss`` fails, does not hand each view to ``backbone`` once, or hands them

@@ -35,7 +35,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         ValueError: If a range is reversed or not positive, ``patch_size`` is not positive,
             ``photometry`` has other transforms or comes without ``to_rgb``, or, at the first
             batch, it does not fit the number of views, the geometry records are missing or the
-            image size is no multiple of ``patch_size``.
+            image size is not a multiple of ``patch_size``.
     """
 
     def __init__(

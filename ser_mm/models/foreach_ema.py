@@ -70,7 +70,7 @@ class ForeachCosineEMA(CosineEMA):
 def use_foreach_update(model: nn.Module) -> None:
     """Replace each ``CosineEMA`` that is an attribute of a model by a :class:`ForeachCosineEMA`.
 
-    MMPretrain's algorithms make theirs themselves, by no config. Weights, schedule and keys stay
+    MMPretrain's algorithms create theirs in code, not by config. Weights, schedule and keys stay
     as they are.
 
     Args:

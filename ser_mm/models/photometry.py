@@ -24,7 +24,7 @@ class Photometry:
             ``GaussianBlur``, ``Solarize``, or ``RandomApply`` around such.
 
     Raises:
-        ValueError: If a transform is none of these.
+        ValueError: If a transform is not one of these.
 
     Example:
         >>> photometry = Photometry([dict(type='Solarize', thr=128, prob=0.2)])

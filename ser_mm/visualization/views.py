@@ -29,7 +29,7 @@ def restore_images(images: Tensor, preprocessor: BaseDataPreprocessor) -> Tensor
 def draw_views(cfg: Config, file: str | Path, num_images: int = 6) -> None:
     """Draw both views of some images of b1 and of b2, as training sees them.
 
-    They come out of the config's own data loader and preprocessor. The views of b2 bear the D4
+    They come from the data loader and preprocessor of the config. Views of b2 have as title the D4
     element that moved them and their size in pixels after the resize.
 
     Args:

@@ -24,7 +24,7 @@ class Corrupt(BaseTransform):
 
     Raises:
         ImportError: If ``imagecorruptions`` is missing.
-        ValueError: If there is no such corruption or severity.
+        ValueError: If the corruption or the severity is unknown.
     """
 
     def __init__(self, corruption: str, severity: int) -> None:

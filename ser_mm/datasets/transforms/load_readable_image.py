@@ -7,7 +7,7 @@ from mmpretrain.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class LoadReadableImage(LoadImageFromFile):
-    """Load an image, and pass over a file that is none with a warning that names it.
+    """Load an image; skip a file that is not an image, with a warning that names it.
 
     The data set then draws another image in its place, and stops with an error when it finds none
     (``max_refetch`` of its arguments). Arguments, keys and formats are those of mmcv's

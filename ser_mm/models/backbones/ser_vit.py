@@ -50,9 +50,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         **kwargs: Those of ``VisionTransformer``.
 
     Raises:
-        ValueError: If a layer is outside the network, the image size is no multiple of the patch,
-            [CLS] is asked for at an output before it is inserted, or there is no such
-            ``linear_init``.
+        ValueError: If a layer is outside the network, the image size is not a multiple of the
+            patch size, [CLS] is asked for at an output before it is inserted, or ``linear_init``
+            is unknown.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         patch = self.patch_embed.projection.kernel_size
         if any(side % p for side, p in zip(self.img_size, patch, strict=True)):
             raise ValueError(
-                f'SERVisionTransformer: img_size={self.img_size} is no multiple of the patch '
-                f'{tuple(patch)}; change one of them.'
+                f'SERVisionTransformer: img_size={self.img_size} is not a multiple of '
+                f'patch_size={tuple(patch)}; change one of them.'
             )
         if self.cls_layer > 0:
             if self.cls_token is None:

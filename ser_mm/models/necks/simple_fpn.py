@@ -28,7 +28,8 @@ class SimpleFPN(BaseModule):
             the layers in PyTorch.
 
     Raises:
-        ValueError: If a scale is none of the four, or ``num_outs`` is less than their number.
+        ValueError: If a scale is not one of the four, or ``num_outs`` is less than the number of
+            scales.
     """
 
     def __init__(
