@@ -5,11 +5,11 @@ come from the docstrings, the command line page from ``ser-mm COMMAND --help``.
 """
 
 import importlib
+import io
 import os
 import pkgutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from docutils import nodes
@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import ser_mm  # noqa: E402
-from ser_mm.cli.main import COMMANDS  # noqa: E402
+from ser_mm.cli.main import COMMANDS, main  # noqa: E402
+
+# The width of the help texts.
+os.environ.update(COLUMNS='88', NO_COLOR='1')
 
 project = 'ser_mm'
 author = 'The ser_mm developers'
@@ -65,24 +68,15 @@ class CommandHelps(Directive):
     def run(self) -> list[nodes.Node]:
         """Ask the commands themselves."""
         sections = []
-        with ThreadPoolExecutor(2) as pool:
-            for command, text in zip(COMMANDS, pool.map(_help_of, COMMANDS), strict=True):
-                section = nodes.section(ids=[nodes.make_id(command)], names=[command])
-                section += nodes.title(text=f'ser-mm {command}')
-                section += nodes.literal_block(text=text, language='text')
-                sections.append(section)
+        for command in COMMANDS:
+            text = io.StringIO()
+            with redirect_stdout(text), suppress(SystemExit):
+                main([command, '--help'])
+            section = nodes.section(ids=[nodes.make_id(command)], names=[command])
+            section += nodes.title(text=f'ser-mm {command}')
+            section += nodes.literal_block(text=text.getvalue(), language='text')
+            sections.append(section)
         return sections
-
-
-def _help_of(command: str) -> str:
-    return subprocess.run(
-        [sys.executable, '-m', 'ser_mm.cli.main', command, '--help'],
-        cwd=ROOT,
-        env=dict(os.environ, COLUMNS='88', NO_COLOR='1'),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
 
 
 def resolve_public_name(app, env, node, contnode):
