@@ -1,33 +1,29 @@
-"""What the evaluation tools have in common: arguments, start, tables and files of results."""
+"""What the commands have in common: arguments, start and end."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 from mmengine.config import Config, DictAction
-from mmengine.dist import (
-    broadcast_object_list,
-    get_rank,
-    init_dist,
-    is_distributed,
-    is_main_process,
-)
+from mmengine.dist import get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.utils.dl_utils import set_multi_processing
-from torch import Tensor, nn
 
-from ser_mm.engine.runtime import (
-    close_process_group,
-    get_local_rank,
-    init_cpu_process_group,
-)
+from ser_mm.engine.configs import find_config
+from ser_mm.engine.cpu import get_local_rank, init_cpu_process_group
+from ser_mm.evaluation.data import check_evaluation
+from ser_mm.evaluation.linear import LEARNING_RATES
+from ser_mm.experiments.runs import RunError
 
-from .features import load_features
-from .probe import LEARNING_RATES, select_linear_head
+EXPECTED = (ImportError, OSError, ValueError, UnpicklingError, RunError)
+"""Errors of the input or of the machine, which their message explains."""
+
+CONFIG_HELP = 'path of a config file, or the name of a shipped config such as ser_mocov3_vits16'
 
 # Seconds that ranks wait for the one that fits a head.
 _PATIENCE = 6 * 3600
@@ -46,104 +42,145 @@ def positive(number: type) -> Callable[[str], float]:
     return parse
 
 
-def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+def make_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Parser of a command of ``ser-mm``, its description shown as it is written."""
+    return argparse.ArgumentParser(
+        prog=f'ser-mm {command}',
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add ``--cfg-options``, a dict of fields of the config to override."""
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help=help
+    )
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Add what the launchers of distributed runs pass on."""
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='program that started the processes of a distributed run (default: none, one process)',
+    )
+    parser.add_argument(
+        '--local-rank',
+        '--local_rank',
+        type=int,
+        default=0,
+        help='number of this process on its machine; some launchers set it',
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the commands that let MMEngine's Runner train or test."""
+    parser.add_argument(
+        '--work-dir',
+        help='folder of logs and results (default: work_dir of the config, or else work_dirs/ and '
+        'the name of the config)',
+    )
+    add_cfg_options(parser, 'override fields of the config; lists as KEY="[a,b]" or KEY=a,b')
+    add_launcher(parser)
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Add the arguments that all evaluations of features take.
 
     Args:
-        parser (argparse.ArgumentParser): Has those of the tool already.
+        parser (argparse.ArgumentParser): Has those of the command already.
         out (str): Default folder of the results.
     """
-    parser.add_argument('--out', type=Path, default=Path(out), help=f'results (default: {out})')
+    parser.add_argument(
+        '--out', type=Path, default=Path(out), help=f'folder of the results (default: {out})'
+    )
     parser.add_argument(
         '--blocks',
         type=positive(int),
         default=1,
-        help='last blocks whose [CLS] tokens make a feature: 1 as in MoCo v3 (default), 4 as in '
-        'DINO; of a network without [CLS], the last map is averaged',
+        help='number of last blocks whose [CLS] tokens, side by side, are the feature of an image: '
+        '1 as in MoCo v3 (default), 4 as in DINO; a network without [CLS] gives the mean of its '
+        'last map',
     )
     parser.add_argument(
         '--cache-dir',
         type=Path,
         default=Path('work_dirs/features'),
-        help='features that are extracted already (default: %(default)s)',
-    )
-    parser.add_argument('--batch-size', type=positive(int), default=256, help='images per process')
-    parser.add_argument('--num-workers', type=int, default=0, help='processes that read images')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='override fields of the config, e.g. evaluation.val.data_root=PATH',
+        help='folder of features that were extracted before (default: %(default)s)',
     )
     parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what started the processes of a distributed run',
+        '--batch-size',
+        type=positive(int),
+        default=256,
+        help='images per step and process (default: 256)',
     )
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help='set by launcher')
+    parser.add_argument(
+        '--num-workers',
+        type=int,
+        default=0,
+        help='additional processes that read images (default: 0)',
+    )
+    add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.data_root=PATH')
+    add_launcher(parser)
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the linear probe."""
     parser.add_argument(
-        '--epochs', type=positive(int), default=50, help='of the linear probe (default: 50)'
+        '--epochs',
+        type=positive(int),
+        default=50,
+        help='epochs that the linear probe is trained for (default: 50)',
     )
     parser.add_argument(
-        '--probe-batch', type=positive(int), default=256, help='features per step (default: 256)'
+        '--probe-batch',
+        type=positive(int),
+        default=256,
+        help='features per step of the linear probe (default: 256)',
     )
     parser.add_argument(
         '--lrs',
         type=positive(float),
         nargs='+',
         default=LEARNING_RATES,
-        help='learning rates of the sweep, times --probe-batch / 256 (default: 0.001 to 10)',
+        help='learning rates that the linear probe tries, in units of --probe-batch / 256 '
+        '(default: 9 from 0.001 to 10)',
     )
 
 
-def fit_head(
-    cfg: Config, checkpoint: str, args: argparse.Namespace
-) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor] | None]:
-    """The linear probe that the command line asks for, the same on all ranks.
+def feature_options(args: argparse.Namespace) -> dict:
+    """What the command line says to :class:`~ser_mm.evaluation.features.CachedFeatures`."""
+    names = ('cache_dir', 'blocks', 'batch_size', 'num_workers')
+    return {name: getattr(args, name) for name in names}
+
+
+def probe_options(args: argparse.Namespace) -> dict:
+    """What the command line says to :func:`~ser_mm.evaluation.linear.fit_head`."""
+    return dict(learning_rates=args.lrs, epochs=args.epochs, probe_batch=args.probe_batch)
+
+
+def load_config(
+    config: str, args: argparse.Namespace, splits: Sequence[str] = ('train', 'val')
+) -> Config:
+    """Load and check the config of an evaluation, and join the other processes.
 
     Args:
-        cfg (Config): Config of a run.
-        checkpoint (str): Its weights.
-        args (argparse.Namespace): With what :func:`add_arguments` and :func:`add_probe_arguments`
-            add.
-
-    Returns:
-        tuple: The head, its choice (see :func:`~ser_mm.evaluation.select_linear_head`), and the
-        training features and labels, None on all ranks but the first.
-    """
-    train = load_features(cfg, checkpoint, 'train', **feature_options(args), main_only=True)
-    found = [None]
-    if is_main_process():
-        sweep = args.lrs, args.epochs, args.probe_batch
-        found = [select_linear_head(*train, args.cache_dir, *sweep)]
-    broadcast_object_list(found)
-    return *found[0], train
-
-
-def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val')) -> Config:
-    """Load and check the config, and join the other processes.
-
-    Args:
-        args (argparse.Namespace): With ``config`` and what :func:`add_arguments` adds.
+        config (str): Path or name of the config.
+        args (argparse.Namespace): With what :func:`add_feature_arguments` adds.
         splits (Sequence[str]): Keys of ``evaluation`` that will be used.
 
     Returns:
         Config: With the options of the command line.
 
     Raises:
-        FileNotFoundError: If data is missing.
-        ValueError: See :func:`check_evaluation`.
+        FileNotFoundError: If the config or data is missing.
+        ValueError: See :func:`~ser_mm.evaluation.data.check_evaluation`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     MMLogger.get_current_instance().setLevel('WARNING')
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(find_config(config))
     cfg.merge_from_dict(args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     if get_local_rank(args.launcher) == 0:
@@ -157,20 +194,24 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ('train', 'val
     return cfg
 
 
-def feature_options(args: argparse.Namespace) -> dict:
-    """What the command line says to :func:`~ser_mm.evaluation.load_features`."""
-    names = ('cache_dir', 'blocks', 'batch_size', 'num_workers')
-    return {name: getattr(args, name) for name in names}
+@contextmanager
+def one_sentence(
+    errors: tuple[type[Exception], ...] = EXPECTED, interrupted: str = 'Interrupted.'
+) -> Iterator[None]:
+    """End the process with one sentence and exit status 1, not with a traceback.
 
-
-def run(main: Callable[[], None]) -> None:
-    """Run a tool; what is wrong with its input becomes one sentence.
+    Serves as a decorator too.
 
     Args:
-        main (Callable): The tool.
+        errors (tuple[type[Exception], ...]): Errors that their message explains.
+        interrupted (str): What to say when the user interrupts.
+
+    Raises:
+        SystemExit: In place of one of these errors.
     """
     try:
-        main()
-    except (ImportError, OSError, ValueError, UnpicklingError) as error:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+    except errors as error:
         sys.exit(f'error{f" on rank {get_rank()}" if is_distributed() else ""}: {error}')
-    close_process_group()

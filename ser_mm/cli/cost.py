@@ -3,11 +3,12 @@
 The FLOPs are counted without running the step: 256 images of ViT-B/16 need no GPU. With --measure
 the step is run too, for its time and, on a GPU, its memory.
 
-    python tools/cost.py configs/ser_mocov3_vits16.py
+    ser-mm cost ser_mocov3_vits16
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,47 +17,59 @@ from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from ser_mm.cli._arguments import run
-from ser_mm.evaluation.cost import TrainingStep, count_step, take_turns
-
-PARTS = {
-    'b2': 'images of b2 in the network, in place of as many of b1',
-    'neck': 'SERNeck and rho',
-    'loss': 'SER loss',
-}
+from ser_mm.cli._arguments import CONFIG_HELP, make_parser, one_sentence
+from ser_mm.engine.configs import find_config
+from ser_mm.evaluation.cost import TrainingStep, count_step, report_costs, take_turns
+from ser_mm.evaluation.results import write_text
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', type=Path, help='config of a run')
+    parser = make_parser('cost', __doc__)
+    parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument(
         '--baseline',
-        type=Path,
-        help='config to compare with (default: the one without ser_ in its name, beside it)',
+        help='config to compare with (default: the one beside it without ser_ in its name)',
     )
-    parser.add_argument('--batch-size', type=int, default=256, help='images (default: 256)')
-    parser.add_argument('--measure', action='store_true', help='run steps, for time and memory')
-    parser.add_argument('--steps', type=int, default=10, help='measured steps (default: 10)')
-    parser.add_argument('--out', type=Path, help="default: work_dirs/cost/ and the config's name")
-    args = parser.parse_args()
-    args.baseline = args.baseline or args.config.with_name(args.config.name.removeprefix('ser_'))
-    for name in ('config', 'baseline'):
-        if not getattr(args, name).is_file():
-            parser.error(f'{name} {getattr(args, name)} is not there; name another config.')
-    if args.baseline == args.config:
-        parser.error(f'{args.config} has no baseline by its name; name one with --baseline.')
+    parser.add_argument(
+        '--batch-size', type=int, default=256, help='images of a step (default: 256)'
+    )
+    parser.add_argument(
+        '--measure', action='store_true', help='also run steps, and measure time and memory'
+    )
+    parser.add_argument(
+        '--steps', type=int, default=10, help='steps of each that --measure times (default: 10)'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='JSON file of the results (default: in work_dirs/cost/, by the name of the config)',
+    )
+    args = parser.parse_args(argv)
     if args.batch_size < 2 or args.steps < 1:
         parser.error('--batch-size must be at least 2, and --steps at least 1.')
+    for name in ('config', 'baseline'):
+        if getattr(args, name):
+            try:
+                setattr(args, name, find_config(getattr(args, name)))
+            except FileNotFoundError as error:
+                parser.error(str(error))
+    if args.baseline is None:
+        args.baseline = args.config.with_name(args.config.name.removeprefix('ser_'))
+        if args.baseline == args.config or not args.baseline.is_file():
+            parser.error(f'{args.config} has no baseline by its name; name one with --baseline.')
     args.out = args.out or Path('work_dirs/cost', f'{args.config.stem}.json')
     return args
 
 
-def main() -> None:
-    """Count, print tables, and write JSON."""
-    args = parse_args()
+@one_sentence()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count, print tables, and write JSON.
+
+    Args:
+        argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
+    """
+    args = parse_args(argv)
     MMLogger.get_instance('cost', log_level='ERROR')
     cfgs = {name: Config.fromfile(getattr(args, name)) for name in ('baseline', 'config')}
     init_default_scope(cfgs['config'].get('default_scope', 'mmpretrain'))
@@ -67,38 +80,8 @@ def main() -> None:
             rows[name].update(row)
     baseline, config = rows.values()
 
-    views = ', '.join(f'{height} x {width}' for height, width in config['views'])
-    print(f'A step of {args.batch_size} images, views of {views}; {config["b2"]:g} images in b2\n')
-    print(f'| | {args.baseline.stem} | {args.config.stem} | ratio |\n|---|--:|--:|--:|')
-    formats = {
-        'flops': ('GFLOPs', lambda x: f'{x / 1e9:,.1f}'),
-        'operators': ('operators', '{:,}'.format),
-        'parameters': ('parameters, all branches', '{:,}'.format),
-        'trainable': ('trainable parameters', '{:,}'.format),
-        'seconds': ('seconds', '{:.4f}'.format),
-        'memory': ('MiB, peak', lambda x: f'{x / 2**20:,.0f}'),
-    }
-    for key, (title, form) in formats.items():
-        if config.get(key) is not None:
-            a, b = baseline[key], config[key]
-            print(f'| {title} | {form(a)} | {form(b)} | {b / a:.4f} |')
-    if config['parts']:
-        parts = dict(config['parts'])
-        differences = {
-            'without b2, against the baseline ([CLS] later)': parts['without_b2']
-            - baseline['flops'],
-            **{title: parts[key] for key, title in PARTS.items()},
-            'in all': config['flops'] - baseline['flops'],
-        }
-        print('\n| where the difference is | GFLOPs | of the baseline |\n|---|--:|--:|')
-        for title, flops in differences.items():
-            print(f'| {title} | {flops / 1e9:+,.2f} | {flops / baseline["flops"]:+.4%} |')
-        config['ratio_without_late_cls'] = config['flops'] / parts['without_b2']
-        print(
-            f'\nAgainst a baseline with the same [CLS]: {config["ratio_without_late_cls"]:.4f}. '
-            'Counted: matrix products, convolutions and attention, forward and backward. Not\n'
-            'counted: what works element by element, which moving maps by rho (grid_sample) is too.'
-        )
+    print(f'A step of {args.batch_size} images.', end=' ')
+    print(report_costs(config, baseline, args.config.stem, args.baseline.stem))
     about = dict(
         config=str(args.config),
         baseline=str(args.baseline),
@@ -107,10 +90,9 @@ def main() -> None:
         device=get_device() if args.measure else None,
         flops_ratio=config['flops'] / baseline['flops'],
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(dict(about=about, rows=rows), indent=1))
+    write_text(args.out, json.dumps(dict(about=about, rows=rows), indent=1))
     print(f'\nWritten to {args.out}.')
 
 
 if __name__ == '__main__':
-    run(main)
+    main()

@@ -2,75 +2,87 @@ r"""Equivariance of every layer: R2 of moved token maps, and how often a token i
 
 Each checkpoint belongs to the config before it:
 
-    python tools/equivariance.py configs/mocov3_vits16.py BASELINE.pth \
-        configs/ser_mocov3_vits16.py SER.pth
+    ser-mm equivariance mocov3_vits16 BASELINE.pth ser_mocov3_vits16 SER.pth
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
-from ser_mm.cli._arguments import (
-    check_evaluation,
-    make_table,
-    positive,
-    run,
-    write_results,
-)
-from ser_mm.evaluation import build_backbone
+from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence, positive
+from ser_mm.engine.configs import find_config, is_config
+from ser_mm.evaluation.backbone import build_backbone, token_maps_of
+from ser_mm.evaluation.data import check_evaluation, spaced_images
 from ser_mm.evaluation.equivariance import (
     TRANSFORMATIONS,
     equivariance_by_layer,
-    spaced_images,
-    token_maps_of,
+    equivariance_curves,
+    report_equivariance,
 )
+from ser_mm.evaluation.results import write_results
 from ser_mm.visualization import draw_curves
 
-TITLES = dict(r2='R2', retrieval='retrieval')
 
-
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser('equivariance', __doc__)
     parser.add_argument(
         'networks',
         nargs='+',
         metavar='CONFIG CHECKPOINT [CHECKPOINT ...]',
-        help='config with `evaluation`, its checkpoints, the next config, ...',
+        help='config with `evaluation` (a path, or the name of a shipped one), its checkpoints, '
+        'the next config, its checkpoints, ...',
     )
-    parser.add_argument('--names', nargs='+', help='of the checkpoints, in tables and curves')
     parser.add_argument(
-        '--images', type=positive(int), default=500, help='validation images (default: 500)'
-    )
-    parser.add_argument('--batch-size', type=positive(int), default=64, help='default: 64')
-    parser.add_argument('--num-workers', type=int, default=0, help='processes that read images')
-    parser.add_argument(
-        '--transformations', nargs='+', choices=TRANSFORMATIONS, default=TRANSFORMATIONS
-    )
-    parser.add_argument('--seed', type=int, default=0, help='of the untrained network')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/equivariance'))
-    parser.add_argument(
-        '--cfg-options',
+        '--names',
         nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='override fields of the configs, e.g. evaluation.val.data_root=PATH',
+        help='names of the checkpoints in tables and curves (default: their folders)',
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        '--images',
+        type=positive(int),
+        default=500,
+        help='validation images, at most (default: 500)',
+    )
+    parser.add_argument(
+        '--batch-size', type=positive(int), default=64, help='images per step (default: 64)'
+    )
+    parser.add_argument(
+        '--num-workers',
+        type=int,
+        default=0,
+        help='additional processes that read images (default: 0)',
+    )
+    parser.add_argument(
+        '--transformations',
+        nargs='+',
+        choices=TRANSFORMATIONS,
+        default=TRANSFORMATIONS,
+        help='transformations to score the maps under (default: all)',
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, help='seed of the untrained networks (default: 0)'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/equivariance'),
+        help='folder of the results (default: %(default)s)',
+    )
+    add_cfg_options(parser, 'override fields of the configs, e.g. evaluation.val.data_root=PATH')
+    args = parser.parse_args(argv)
     args.pairs = []
     for item in args.networks:
-        if item.endswith('.py'):
+        if is_config(item):
             config = item
         elif item is args.networks[0]:
-            parser.error(f'{item} comes first, but is no config (.py) that it would belong to.')
+            parser.error(f'{item} comes first, but is not a config that it would belong to.')
         else:
             args.pairs.append((config, item))
     if not args.pairs:
@@ -84,11 +96,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Score, print the table, draw the curves."""
-    args = parse_args()
+@one_sentence()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score, print the table, draw the curves.
+
+    Args:
+        argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
+    """
+    args = parse_args(argv)
     MMLogger.get_current_instance().setLevel('WARNING')
-    cfgs = {config: Config.fromfile(config) for config, _ in args.pairs}
+    cfgs = {config: Config.fromfile(find_config(config)) for config, _ in args.pairs}
     for cfg in cfgs.values():
         cfg.merge_from_dict(args.cfg_options)
         check_evaluation(cfg, ['val'])
@@ -109,32 +126,16 @@ def main() -> None:
         with token_maps_of(backbone) as token_maps:
             results[name] = equivariance_by_layer(token_maps, batches, args.transformations)
 
-    # Chance depends on the number of tokens, which networks may differ in.
-    distinct = {}
-    for name, scores in results.items():
-        distinct[str([[x['chance'] for x in layers] for layers in scores.values()])] = name
-    chances = {
-        'chance' if len(distinct) == 1 else f'chance, {name}': results[name]
-        for name in distinct.values()
-    }
-    shown = {'r2': results, 'retrieval': {**results, **chances}}
-    panels, tables = {}, []
-    for key, scored in shown.items():
-        rows = []
-        for moves in args.transformations:
-            curves = panels[f'{TITLES[key]}, {moves}'] = {}
-            for name, scores in scored.items():
-                values = [layer['chance' if name in chances else key] for layer in scores[moves]]
-                curves[name] = [(i + 1, value, 0.0) for i, value in enumerate(values)]
-                rows.append([f'{moves}, {name}', *values])
-        depth = max(map(len, rows)) - 1
-        rows = [row + [''] * (depth + 1 - len(row)) for row in rows]
-        tables.append(make_table([TITLES[key], *(f'block {i + 1}' for i in range(depth))], rows))
-    text = '\n\n'.join(tables)
     settings = dict(networks=networks, images=args.images, torch=torch.__version__)
+    text = report_equivariance(results)
     write_results(args.out, 'equivariance', {**settings, 'results': results}, text)
-    draw_curves(panels, args.out / 'equivariance.png', 'block', len(args.transformations))
+    draw_curves(
+        equivariance_curves(results),
+        args.out / 'equivariance.png',
+        'block',
+        len(args.transformations),
+    )
 
 
 if __name__ == '__main__':
-    run(main)
+    main()

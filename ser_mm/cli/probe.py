@@ -5,49 +5,80 @@ best on a held-out part of the training set is reported on the validation set.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from mmengine.dist import is_main_process
+from torch import Tensor, nn
 
 from ser_mm.cli._arguments import (
-    add_arguments,
+    CONFIG_HELP,
+    add_feature_arguments,
     add_probe_arguments,
     feature_options,
-    fit_head,
     load_config,
-    make_table,
+    make_parser,
+    one_sentence,
     positive,
-    run,
-    write_results,
+    probe_options,
 )
-from ser_mm.evaluation import accuracy, knn_votes, load_features
+from ser_mm.engine.cpu import close_process_group
+from ser_mm.evaluation.features import CachedFeatures
+from ser_mm.evaluation.knn import knn_votes
+from ser_mm.evaluation.linear import fit_head
+from ser_mm.evaluation.metrics import accuracy
+from ser_mm.evaluation.results import make_table, write_results
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='config of the model, with `evaluation`')
-    parser.add_argument('checkpoint', help='its checkpoint, or one of the backbone')
+    parser = make_parser('probe', __doc__)
+    parser.add_argument('config', help=f'{CONFIG_HELP}; with `evaluation`')
+    parser.add_argument('checkpoint', help='checkpoint of this config, or one of its backbone')
     parser.add_argument(
-        '--k', type=positive(int), nargs='+', default=[10, 20, 100], help='neighbours'
+        '--k',
+        type=positive(int),
+        nargs='+',
+        default=[10, 20, 100],
+        help='numbers of neighbours of the k-NN vote (default: 10 20 100)',
     )
-    parser.add_argument('--temperature', type=positive(float), default=0.07, help='of their votes')
+    parser.add_argument(
+        '--temperature',
+        type=positive(float),
+        default=0.07,
+        help='temperature of the k-NN vote, whose weights are exp(cosine / temperature) '
+        '(default: 0.07)',
+    )
     add_probe_arguments(parser)
-    add_arguments(parser, 'work_dirs/probe')
-    return parser.parse_args()
+    add_feature_arguments(parser, 'work_dirs/probe')
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Extract, train, vote, report."""
-    args = parse_args()
-    cfg = load_config(args)
-    val = load_features(cfg, args.checkpoint, 'val', **feature_options(args), main_only=True)
-    head, choice, train = fit_head(cfg, args.checkpoint, args)
-    if not is_main_process():
-        return  # what is left needs one process
-    (train, train_labels), (val, val_labels) = train, val
+@one_sentence(interrupted='Interrupted; features that were extracted whole are kept.')
+def main(argv: Sequence[str] | None = None) -> None:
+    """Extract, train, vote, report.
 
+    Args:
+        argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
+    """
+    args = parse_args(argv)
+    cfg = load_config(args.config, args)
+    source = CachedFeatures(cfg, args.checkpoint, **feature_options(args))
+    val = source.load('val', main_only=True)
+    head, choice, train = fit_head(source, **probe_options(args))
+    if is_main_process():  # what is left needs one process
+        _report(args, head, choice, *train, *val)
+    close_process_group()
+
+
+def _report(
+    args: argparse.Namespace,
+    head: nn.Linear,
+    choice: dict,
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+) -> None:
     results = {'linear probe': {**accuracy(head(val).detach(), val_labels), **choice}}
     votes = knn_votes(train, train_labels, val, args.k, args.temperature)
     results |= {f'{k}-NN': accuracy(votes[k], val_labels) for k in args.k}
@@ -75,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    main()

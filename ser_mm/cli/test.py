@@ -2,18 +2,19 @@
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
-from ser_mm.engine.checks import check_coco
+from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
+from ser_mm.engine.checks import check_coco, check_data
+from ser_mm.engine.configs import find_config
 from ser_mm.engine.cpu import (
     adapt_to_device,
-    check_data,
     close_process_group,
     get_local_rank,
     init_cpu_process_group,
@@ -36,41 +37,24 @@ MMDET = dict(
 )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser = make_parser('test', __doc__)
+    parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument('checkpoint', help='checkpoint file; it has to fit the model completely')
     parser.add_argument(
-        '--work-dir',
-        help='folder of logs and metrics (default: work_dir of the config, '
-        'or else work_dirs/ and the name of the config)',
+        '--out', metavar='FILE.pkl', help='file that the predictions are written to'
     )
-    parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions')
-    parser.add_argument('--show-dir', help='draw the predictions, into this folder')
+    parser.add_argument('--show-dir', help='folder that images with the predictions are drawn to')
     parser.add_argument(
         '--tta',
         action='store_true',
         help='test-time augmentation: tta_pipeline and tta_model of the config, or else flips',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config; lists as KEY="[a,b]" or KEY=a,b',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what started the processes of a distributed run',
-    )
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help='set by launcher')
-    args = parser.parse_args()
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
-        parser.error('--out must end with .pkl or .pickle.')
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        parser.error(f'--out {args.out} must end with .pkl or .pickle.')
     return args
 
 
@@ -83,12 +67,18 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
 
     Returns:
         dict: What the config's scope calls things, one of the two above.
+
+    Raises:
+        ValueError: If the config has no data to test on.
     """
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     if not cfg.get('test_dataloader'):
-        sys.exit(f'error: {args.config} has no test_dataloader; test.py is for evaluation configs.')
+        raise ValueError(
+            f'{args.config} has no test_dataloader; name the config of a classifier or a detector, '
+            'or evaluate a self-supervised network with the command probe.'
+        )
     if not cfg.test_dataloader.get('num_workers'):
         cfg.test_dataloader.persistent_workers = False
 
@@ -116,36 +106,43 @@ def flip_pipeline(pipeline: list[dict]) -> list[dict]:
     return [*load, dict(type='TestTimeAug', transforms=[flips, [pack]])]
 
 
-def main() -> None:
-    """Test."""
-    args = parse_args()
-    cfg = Config.fromfile(args.config)
-    names = merge_args(cfg, args)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Test.
 
-    # One process per machine looks and speaks; the launcher then ends the others.
-    if get_local_rank(cfg.launcher) == 0:
-        try:
+    Args:
+        argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
+    """
+    _test(parse_args(argv))
+    close_process_group()  # when the Runner is out of scope
+
+
+def _test(args: argparse.Namespace) -> None:
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    with one_sentence():
+        cfg = Config.fromfile(find_config(args.config))
+        names = merge_args(cfg, args)
+        # One process per machine looks and speaks; the launcher then ends the others.
+        if get_local_rank(cfg.launcher) == 0:
             check_data(cfg, ['test_dataloader'])
             check_coco(cfg, ['test_dataloader'])
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f'error: {error}')
-    init_cpu_process_group(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
-    adapt_to_device(cfg)
-    if args.tta:
-        cfg.model_wrapper_cfg = None  # MMEngine takes the model that merges flips for a wrapper
-
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    try:
-        # MMEngine's `load_from` leaves what a checkpoint does not fill at its random start.
-        runner.load_checkpoint(args.checkpoint, strict=True)
-    except (FileNotFoundError, RuntimeError) as error:
-        sys.exit(f'error: {args.checkpoint} does not fit {args.config}: {error}')
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+        init_cpu_process_group(cfg.launcher, timeout)
+        adapt_to_device(cfg)
+        if args.tta:
+            cfg.model_wrapper_cfg = None  # MMEngine takes the model that merges flips for a wrapper
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        try:
+            # MMEngine's `load_from` leaves what a checkpoint does not fill at its random start.
+            runner.load_checkpoint(args.checkpoint, strict=True)
+        except (FileNotFoundError, RuntimeError) as error:
+            raise ValueError(f'{args.checkpoint} does not fit {args.config}: {error}') from error
     if args.out:
         dump = METRICS.build(dict(type=names['dump'], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
-    runner.test()
+    # What fails from here on is as likely an error of the code, which needs its traceback.
+    with one_sentence(()):
+        runner.test()
 
 
 if __name__ == '__main__':
     main()
-    close_process_group()

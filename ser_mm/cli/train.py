@@ -2,33 +2,31 @@
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ser_mm.engine.checks import check_coco
+from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
+from ser_mm.engine.checks import DATALOADERS, check_coco, check_data
+from ser_mm.engine.configs import find_config
 from ser_mm.engine.cpu import (
-    DATALOADERS,
     adapt_to_device,
-    check_data,
     close_process_group,
     get_local_rank,
     init_cpu_process_group,
 )
+from ser_mm.engine.schedules import follow_max_epochs
+
+INTERRUPTED = 'Interrupted; the same command with --resume goes on from the last checkpoint.'
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--work-dir',
-        help='folder of logs and checkpoints (default: work_dir of the config, '
-        'or else work_dirs/ and the name of the config)',
-    )
+    parser = make_parser('train', __doc__)
+    parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -37,35 +35,27 @@ def parse_args() -> argparse.Namespace:
         help='go on from this checkpoint, or from the latest in the work dir if none is named',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
-    parser.add_argument('--no-validate', action='store_true', help='do not validate')
+    parser.add_argument(
+        '--no-validate', action='store_true', help='leave out the validation between epochs'
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate by the batch size over auto_scale_lr.base_batch_size',
+        help='scale the learning rate by the batch size over auto_scale_lr.base_batch_size of the '
+        'config',
     )
-    parser.add_argument('--no-pin-memory', action='store_true', help='no pinned host memory')
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not copy batches to page-locked memory before they go to the GPU',
+    )
     parser.add_argument(
         '--no-persistent-workers',
         action='store_true',
-        help='start the data workers anew for every epoch',
+        help='start the processes that read images anew for every epoch',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config; lists as KEY="[a,b]" or KEY=a,b',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what started the processes of a distributed run',
-    )
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help='set by launcher')
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
@@ -74,8 +64,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     Args:
         cfg (Config): Config of the run, changed in place.
         args (argparse.Namespace): What :func:`parse_args` returned.
+
+    Raises:
+        ValueError: If the config does not say for which batch its learning rate is.
     """
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
 
@@ -87,7 +80,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-            sys.exit('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
+            raise ValueError(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
+            )
         cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -107,27 +102,36 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             loader.persistent_workers = False
 
 
-def main() -> None:
-    """Train."""
-    args = parse_args()
-    cfg = Config.fromfile(args.config)
-    merge_args(cfg, args)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train.
 
-    # One process per machine looks and speaks; the launcher then ends the others, which wait for
-    # the process group.
-    if get_local_rank(cfg.launcher) == 0:
-        try:
+    Args:
+        argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
+    """
+    _train(parse_args(argv))
+    close_process_group()  # when the Runner is out of scope
+
+
+def _train(args: argparse.Namespace) -> None:
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    with one_sentence(interrupted=INTERRUPTED):
+        cfg = Config.fromfile(find_config(args.config))
+        merge_args(cfg, args)
+        follow_max_epochs(cfg)
+        # One process per machine looks and speaks; the launcher then ends the others, which wait
+        # for the process group.
+        if get_local_rank(cfg.launcher) == 0:
             check_data(cfg)
             check_coco(cfg)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f'error: {error}')
-    init_cpu_process_group(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
-    adapt_to_device(cfg)
-
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+        init_cpu_process_group(cfg.launcher, timeout)
+        adapt_to_device(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner.train_loop  # noqa: B018  builds the data set and the views, and what is wrong shows
+    # What fails from here on is as likely an error of the code, which needs its traceback.
+    with one_sentence((FloatingPointError,), INTERRUPTED):
+        runner.train()
 
 
 if __name__ == '__main__':
     main()
-    close_process_group()

@@ -17,7 +17,6 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
-from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -33,6 +32,8 @@ from torch.utils.flop_counter import (
 from ser_mm.datasets.transforms import EquivariantViewPipeline
 from ser_mm.datasets.transforms.equivariant_view_pipeline import NOT_IN_B2
 from ser_mm.engine.cpu import adapt_to_device
+from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.results import make_table
 from ser_mm.geometry import NUM_ELEMENTS
 from ser_mm.views import ViewBatch
 
@@ -44,8 +45,8 @@ _METADATA = set(
 )
 
 
-def _count_attention_on_cpu() -> None:
-    """Let torch's counter know the CPU's attention, as it knows the GPU's kernels of the same."""
+def _flop_counter() -> FlopCounterMode:
+    """Counter of torch, which here knows the CPU's attention as it knows the GPU's kernels."""
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     if forward not in flop_registry:
@@ -54,9 +55,7 @@ def _count_attention_on_cpu() -> None:
         register_flop_formula(backward)(
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         )
-
-
-_count_attention_on_cpu()
+    return FlopCounterMode(display=False)
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -107,7 +106,8 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
         dict[str, Any]: ``flops`` and ``operators`` of a step; ``parameters`` and those
         ``trainable``; ``views``, their sizes in pixels; ``b2``, the images in it; and, with SER,
         ``parts``, the FLOPs of: the wrapped algorithm if all images were in b1; what changes when
-        some are in b2; SERNeck and rho; the SER loss.
+        some are in b2; SERNeck and rho; the SER loss; and ``ratio_without_late_cls``, the step to
+        the first of these parts, a baseline with [CLS] in the same blocks.
 
     Raises:
         ValueError: If the batch is empty, or the pipeline does not make views of an image.
@@ -115,7 +115,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
     if batch_size < 1:
         raise ValueError(f'count_step: batch_size={batch_size} must be positive.')
     views, ratio = _views(cfg)
-    model = MODELS.build(deepcopy(cfg.model)).train()
+    model = build_model(cfg).train()
     for module in model.modules():
         if hasattr(module, 'update_parameters'):
             module.update_parameters = lambda model: None  # it looks at how often it was called
@@ -147,7 +147,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
             neck=with_neck - network,
             loss=whole['flops'] - with_neck,
         )
-    return dict(
+    counted = dict(
         flops=round(whole['flops']),
         operators=round(whole['operators']),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -156,6 +156,59 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
         b2=b2,
         parts={key: round(value) for key, value in parts.items()},
     )
+    if parts:
+        counted['ratio_without_late_cls'] = counted['flops'] / counted['parts']['without_b2']
+    return counted
+
+
+def report_costs(config: dict, baseline: dict, config_name: str, baseline_name: str) -> str:
+    """Tables of the cost of a step of a config beside that of its baseline.
+
+    Args:
+        config (dict): What :func:`count_step` counted and, optionally, :func:`take_turns` measured.
+        baseline (dict): The same of the baseline.
+        config_name (str): Title of its column.
+        baseline_name (str): Title of its column.
+    """
+    views = ', '.join(f'{height} x {width}' for height, width in config['views'])
+    formats = {
+        'flops': ('GFLOPs', lambda x: f'{x / 1e9:,.1f}'),
+        'operators': ('operators', '{:,}'.format),
+        'parameters': ('parameters, all branches', '{:,}'.format),
+        'trainable': ('trainable parameters', '{:,}'.format),
+        'seconds': ('seconds', '{:.4f}'.format),
+        'memory': ('MiB, peak', lambda x: f'{x / 2**20:,.0f}'),
+    }
+    rows = []
+    for key, (title, form) in formats.items():
+        if config.get(key) is not None:
+            a, b = baseline[key], config[key]
+            rows.append([title, form(a), form(b), f'{b / a:.4f}'])
+    text = [
+        f'Views of {views}; {config["b2"]:g} images in b2.',
+        make_table(['', baseline_name, config_name, 'ratio'], rows),
+    ]
+    parts = config['parts']
+    if parts:
+        differences = {
+            'without b2, against the baseline ([CLS] later)': parts['without_b2']
+            - baseline['flops'],
+            'images of b2 in the network, in place of as many of b1': parts['b2'],
+            'SERNeck and rho': parts['neck'],
+            'SER loss': parts['loss'],
+            'in all': config['flops'] - baseline['flops'],
+        }
+        rows = [
+            [title, f'{flops / 1e9:+,.2f}', f'{flops / baseline["flops"]:+.4%}']
+            for title, flops in differences.items()
+        ]
+        text += [
+            make_table(['where the difference is', 'GFLOPs', 'of the baseline'], rows),
+            f'Against a baseline with the same [CLS]: {config["ratio_without_late_cls"]:.4f}. '
+            'Counted: matrix products, convolutions and attention, forward and backward. Not '
+            'counted:\nwhat works element by element, as grid_sample, by which rho moves maps.',
+        ]
+    return '\n\n'.join(text)
 
 
 def _views(cfg: Config) -> tuple[list[tuple[int, int]], float]:
@@ -198,7 +251,7 @@ def _count(model: nn.Module, inputs: Callable[[], list]) -> dict[str, int]:
             for name, x in [*model.named_parameters(), *model.named_buffers()]
         }
         views = inputs()
-        with FlopCounterMode(display=False) as flops, OperatorCounter() as operators:
+        with _flop_counter() as flops, OperatorCounter() as operators:
             losses = functional_call(model, state, (views, None), dict(mode='loss'))
             model.parse_losses(losses)[0].backward()
     return dict(flops=flops.get_total_flops(), operators=operators.counts.total())
@@ -233,7 +286,7 @@ class TrainingStep:
         adapt_to_device(cfg)
         views, ratio = _views(cfg)
         torch.manual_seed(0)
-        self.model = MODELS.build(cfg.model)
+        self.model = build_model(cfg)
         self.model.init_weights()
         if change is not None:
             change(self.model)
@@ -265,7 +318,7 @@ class TrainingStep:
         for average in averages:
             average.update_parameters = lambda model: None
         data = self.model.data_preprocessor(self.batch, True)
-        flops = FlopCounterMode(display=False)
+        flops = _flop_counter()
         with OperatorCounter() as operators, flops, self.optim_wrapper.optim_context(self.model):
             loss, _ = self.model.parse_losses(self.model(**data, mode='loss'))
             loss.backward()

@@ -79,6 +79,17 @@ def build_loader(
     return preprocessor, loader
 
 
+def spaced_indices(total: int, count: int) -> list[int]:
+    """Places at equal distances in a data set.
+
+    Args:
+        total (int): Items of the data set.
+        count (int): Places, at most.
+    """
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
 def spaced_images(
     cfg: Config, split: str, count: int, batch_size: int = 64, num_workers: int = 0
 ) -> Iterator[Tensor]:
@@ -95,9 +106,7 @@ def spaced_images(
         Tensor: Images, (N, 3, H, W), on the device.
     """
     preprocessor, loader = build_loader(cfg, split)
-    total = len(loader.dataset)
-    count = min(count, total)
-    subset = Subset(loader.dataset, [i * total // count for i in range(count)])
+    subset = Subset(loader.dataset, spaced_indices(len(loader.dataset), count))
     for batch in DataLoader(
         subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
     ):

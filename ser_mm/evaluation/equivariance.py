@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ser_mm import geometry
+from ser_mm.evaluation.results import make_table
 
 TRANSFORMATIONS = ('rot90', 'rot180', 'flip_lr', 'flip_ud', 'scale', 'mixture')
 """Transformations that token maps are scored under. These are elements of D4, a resize to 1.3 times
 the area, and both as drawn in training, an element for each image and a grid for each batch."""
+
+TITLES = dict(r2='R2', retrieval='retrieval')
+"""What the scores are called in tables and figures."""
 
 _ELEMENTS = dict(rot90=1, rot180=2, flip_lr=4, flip_ud=6, scale=0)
 
@@ -191,3 +195,54 @@ def _draw(
         return elements, tuple(round(side * math.sqrt(area)) for side in grid)
     moved_onto = geometry.draw_grid(grid, generator=rng)
     return torch.randint(geometry.NUM_ELEMENTS, (count,), generator=rng), moved_onto
+
+
+def equivariance_curves(
+    results: dict[str, dict[str, list[dict[str, float]]]],
+) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
+    """Curves over the layers of several networks, and of what retrieval is by chance.
+
+    Args:
+        results (dict): By the name of a network, what :func:`equivariance_by_layer` returned for
+            the same transformations.
+
+    Returns:
+        dict: Points (layer, score, 0) by network, by a title as 'R2, rot90', as
+        :func:`~ser_mm.visualization.draw_curves` takes them.
+    """
+    # Chance depends on the number of tokens, which networks may differ in.
+    distinct = {}
+    for name, scores in results.items():
+        distinct[str([[x['chance'] for x in layers] for layers in scores.values()])] = name
+    chances = {
+        'chance' if len(distinct) == 1 else f'chance, {name}': results[name]
+        for name in distinct.values()
+    }
+    panels = {}
+    for key, title in TITLES.items():
+        for moves in next(iter(results.values())):
+            curves = panels[f'{title}, {moves}'] = {}
+            for name, scores in (results | (chances if key == 'retrieval' else {})).items():
+                values = [layer['chance' if name in chances else key] for layer in scores[moves]]
+                curves[name] = [(i + 1, value, 0.0) for i, value in enumerate(values)]
+    return panels
+
+
+def report_equivariance(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """Tables of R2 and of retrieval in Markdown, a row per transformation and network.
+
+    Args:
+        results (dict): See :func:`equivariance_curves`.
+    """
+    rows = {title: [] for title in TITLES.values()}
+    for panel, curves in equivariance_curves(results).items():
+        title, _, moves = panel.partition(', ')
+        for name, points in curves.items():
+            rows[title].append([f'{moves}, {name}', *(value for _, value, _ in points)])
+    tables = []
+    for title, lines in rows.items():
+        depth = max(map(len, lines)) - 1
+        lines = [line + [''] * (depth + 1 - len(line)) for line in lines]
+        header = [title, *(f'block {i + 1}' for i in range(depth))]
+        tables.append(make_table(header, lines))
+    return '\n\n'.join(tables)

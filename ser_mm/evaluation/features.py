@@ -7,7 +7,9 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mmengine.fileio
 import numpy as np
@@ -70,6 +72,10 @@ class Embedder(nn.Module):
                 )
             self.backbone.out_indices = list(range(depth - blocks, depth))
         self.blocks = blocks
+        self.set_head(head)
+
+    def set_head(self, head: nn.Linear | None) -> None:
+        """Give the class that a copy of ``head`` finds from now on, or the vector if it is None."""
         self.head = head and deepcopy(head).to(get_device())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -135,9 +141,140 @@ def extract_features(
     return torch.cat(features), torch.tensor(labels)
 
 
+class CachedFeatures:
+    """Features of the data sets of a run by its frozen network, extracted once and kept on disk.
+
+    The network is built, and its checkpoint read, when they are first needed; then they serve all
+    data sets. On several ranks each extracts its share of the images.
+
+    The name of a file in the cache changes with whatever the features depend on: the content of
+    the checkpoint, the backbone's config, ``blocks``, the head, the normalization, the config of
+    the data set with its transforms, and its files by name, size and label. The file gets its
+    name when it is complete. Several machines have to share the folder.
+
+    Args:
+        cfg (Config): Config of a run, with ``evaluation``.
+        checkpoint (str, optional): Path or URL of its weights. None for the untrained network.
+        cache_dir (str | Path): Folder of the cache.
+        blocks (int): See :class:`Embedder`. Defaults to 1.
+        batch_size (int): Images per batch of a rank. Defaults to 256.
+        num_workers (int): Processes that read images. Defaults to 0.
+
+    Example:
+        >>> source = CachedFeatures(cfg, 'epoch_100.pth', 'work_dirs/features')
+        >>> features, labels = source.load('val')
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str | None,
+        cache_dir: str | Path,
+        blocks: int = 1,
+        batch_size: int = 256,
+        num_workers: int = 0,
+    ) -> None:
+        self.cfg = cfg
+        self.checkpoint = checkpoint
+        self.cache_dir = Path(cache_dir)
+        self.blocks = blocks
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    @cached_property
+    def network(self) -> Embedder:
+        """The frozen network, in eval mode."""
+        return Embedder(self.cfg, self.checkpoint, self.blocks)
+
+    @cached_property
+    def _weights(self) -> Any:
+        """A running digest of the weights."""
+        if self.checkpoint is not None:
+            return hashlib.sha256(mmengine.fileio.get(self.checkpoint))
+        digest = hashlib.sha256()
+        for values in self.network.state_dict().values():
+            digest.update(values.cpu().numpy().tobytes())
+        return digest
+
+    def load(
+        self,
+        split: str,
+        head: nn.Linear | None = None,
+        batch_size: int | None = None,
+        main_only: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Features and labels of a data set, from the cache or else extracted.
+
+        Args:
+            split (str): Key of ``cfg.evaluation``.
+            head (nn.Linear, optional): Give the classes that it finds, instead of features.
+                Defaults to None.
+            batch_size (int, optional): Images, or sequences of them, per batch of a rank. Defaults
+                to None: that of all data sets.
+            main_only (bool): Let the other ranks help to extract, and no more. Defaults to False.
+
+        Returns:
+            tuple: Features (N, C), or classes (N,), and labels (N,), on the CPU. Of sequences of T
+            frames, (N, T, C) or (N, T). With ``main_only``, None on the other ranks.
+
+        Raises:
+            ValueError: If the config, the checkpoint and ``blocks`` do not go together.
+        """
+        preprocessor, loader = build_loader(
+            self.cfg, split, batch_size or self.batch_size, self.num_workers
+        )
+        rank, world_size = get_dist_info()
+        found = [None, None, None]
+        if rank == 0:
+            print(f'{split}: looking for features of {len(loader.dataset)} images', flush=True)
+            key = self._key(split, loader.dataset, preprocessor, head)
+            path = self.cache_dir / f'{split.replace("/", "-")}-{key}.npz'
+            # Another process may be after the same features: each has part files of its own.
+            found = [path, path.exists(), uuid.uuid4().hex]
+        broadcast_object_list(found)
+        path, cached, run = found
+        if not cached:
+            self.network.set_head(head)
+            batches = track_iter_progress((loader, len(loader))) if rank == 0 else loader
+            parts = [path.with_suffix(f'.{run}.part{i}.npz') for i in range(world_size)]
+            _save(parts[rank], *extract_features(self.network, preprocessor, batches))
+            barrier()
+            if rank == 0:
+                _join(parts, path)
+            barrier()
+        if main_only and rank:
+            return None
+        with np.load(path) as arrays:
+            return torch.from_numpy(arrays['features']), torch.from_numpy(arrays['labels'])
+
+    def _key(
+        self,
+        split: str,
+        dataset: torch.utils.data.Dataset,
+        preprocessor: nn.Module,
+        head: nn.Linear | None,
+    ) -> str:
+        """A name for all that features depend on."""
+        digest = self._weights.copy()
+        model = self.cfg.model.get('algorithm') or self.cfg.model
+        pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
+        settings = [model.get('backbone'), self.cfg.evaluation[split], pixels, self.blocks]
+        digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+        if head is not None:
+            for values in head.parameters():
+                digest.update(values.detach().cpu().numpy().tobytes())
+        for i in range(len(dataset)):
+            info = dataset.get_data_info(i)
+            file, size = info.get('img_path'), None
+            with suppress(OSError, TypeError):  # not in this file system, or not a file
+                size = os.stat(file).st_size
+            digest.update(f'{file} {size} {info.get("gt_label")}\n'.encode())
+        return digest.hexdigest()[:20]
+
+
 def load_features(
     cfg: Config,
-    checkpoint: str,
+    checkpoint: str | None,
     split: str,
     cache_dir: str | Path,
     blocks: int = 1,
@@ -146,83 +283,28 @@ def load_features(
     num_workers: int = 0,
     main_only: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """Features and labels of a split, from the cache or else extracted on all ranks.
-
-    The name of the file in the cache changes with whatever the features depend on: the content of
-    the checkpoint, the backbone's config, ``blocks``, ``head``, the normalization, the config of
-    the data set with its transforms, and its files by name, size and label. The file gets its
-    name when it is complete. Several machines have to share the folder.
+    """Features and labels of one data set; for several, use :class:`CachedFeatures`.
 
     Args:
-        cfg (Config): Config of a run, with ``evaluation[split]``.
-        checkpoint (str): Path or URL of its weights.
+        cfg (Config): Config of a run, with ``evaluation``.
+        checkpoint (str, optional): Its weights. None for the untrained network.
         split (str): Key of ``cfg.evaluation``.
         cache_dir (str | Path): Folder of the cache.
-        blocks (int): Last blocks whose [CLS] tokens make a feature. Defaults to 1.
-        head (nn.Linear, optional): Keep the class that it gives each feature, instead of the
-            feature. Defaults to None.
+        blocks (int): See :class:`Embedder`. Defaults to 1.
+        head (nn.Linear, optional): Give the classes that it finds, instead of features. Defaults
+            to None.
         batch_size (int): Images per batch of a rank. Defaults to 256.
-        num_workers (int): Processes of a rank that read images. Defaults to 0.
+        num_workers (int): Processes that read images. Defaults to 0.
         main_only (bool): Let the other ranks help to extract, and no more. Defaults to False.
 
     Returns:
-        tuple: Features (N, C), or classes (N,), and labels (N,), on the CPU. Of sequences of T
-        frames, (N, T, C) or (N, T). With ``main_only``, None on the other ranks.
+        tuple: See :meth:`CachedFeatures.load`.
 
     Raises:
         ValueError: If the config, the checkpoint and ``blocks`` do not go together.
     """
-    preprocessor, loader = build_loader(cfg, split, batch_size, num_workers)
-    rank, world_size = get_dist_info()
-    found = [None, None, None]
-    if rank == 0:
-        print(f'{split}: looking for features of {len(loader.dataset)} images', flush=True)
-        key = _key(cfg, checkpoint, split, loader.dataset, preprocessor, blocks, head)
-        path = Path(cache_dir, f'{split.replace("/", "-")}-{key}.npz')
-        # Another tool may be after the same features: each has part files of its own.
-        found = [path, path.exists(), uuid.uuid4().hex]
-    broadcast_object_list(found)
-    path, cached, run = found
-    if not cached:
-        network = Embedder(cfg, checkpoint, blocks, head)
-        batches = track_iter_progress((loader, len(loader))) if rank == 0 else loader
-        parts = [path.with_suffix(f'.{run}.part{i}.npz') for i in range(world_size)]
-        _save(parts[rank], *extract_features(network, preprocessor, batches))
-        barrier()
-        if rank == 0:
-            _join(parts, path)
-        barrier()
-    if main_only and rank:
-        return None
-    with np.load(path) as arrays:
-        return torch.from_numpy(arrays['features']), torch.from_numpy(arrays['labels'])
-
-
-def _key(
-    cfg: Config,
-    checkpoint: str,
-    split: str,
-    dataset: torch.utils.data.Dataset,
-    preprocessor: nn.Module,
-    blocks: int,
-    head: nn.Linear | None,
-) -> str:
-    """A name for all that features depend on."""
-    digest = hashlib.sha256(mmengine.fileio.get(checkpoint))
-    model = cfg.model.get('algorithm') or cfg.model
-    pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
-    settings = [model.get('backbone'), cfg.evaluation[split], pixels, blocks]
-    digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
-    if head is not None:
-        for values in head.parameters():
-            digest.update(values.detach().cpu().numpy().tobytes())
-    for i in range(len(dataset)):
-        info = dataset.get_data_info(i)
-        file, size = info.get('img_path'), None
-        with suppress(OSError, TypeError):  # not in this file system, or not a file
-            size = os.stat(file).st_size
-        digest.update(f'{file} {size} {info.get("gt_label")}\n'.encode())
-    return digest.hexdigest()[:20]
+    source = CachedFeatures(cfg, checkpoint, cache_dir, blocks, batch_size, num_workers)
+    return source.load(split, head, main_only=main_only)
 
 
 def _save(path: Path, features: Tensor, labels: Tensor) -> None:

@@ -10,16 +10,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.device import get_device
-from rich.progress import track
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
 
+from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.metrics import accuracy
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SOLVERS = ('lbfgs', 'sgd')
+SOLVABLE = 20000
+"""Training images up to which the regression is solved to convergence, in seconds."""
+
+
+def choose_solver(num_images: int) -> str:
+    """How :func:`linear_probe` is solved where nothing else is asked for.
+
+    Args:
+        num_images (int): Training images.
+
+    Returns:
+        str: 'lbfgs' up to :data:`SOLVABLE` of them, else 'sgd'.
+    """
+    return 'lbfgs' if num_images <= SOLVABLE else 'sgd'
 
 
 def linear_probe(
@@ -29,24 +42,46 @@ def linear_probe(
     val_labels: Tensor,
     regularization: float = 1.0,
     max_iter: int = 1000,
+    solver: str = 'lbfgs',
+    cache_dir: str | Path | None = None,
 ) -> float:
-    """Accuracy of a logistic regression on frozen features.
+    """Accuracy of a linear classifier on frozen features.
 
-    The features are standardized by the mean and deviation of the training set, and the regression
-    is solved to convergence, so nothing but its regularization is to be tuned.
+    - 'lbfgs': logistic regression, solved to convergence on features that are standardized by the
+      mean and deviation of the training set, so nothing but its regularization is to be tuned.
+    - 'sgd': the best of a sweep of learning rates, see :func:`select_linear_head`, for training
+      sets of any size.
 
     Args:
         train (Tensor): Training features, shape (N, C).
         train_labels (Tensor): Shape (N,).
         val (Tensor): Validation features, shape (M, C).
         val_labels (Tensor): Shape (M,).
-        regularization (float): Weight of the squared norm relative to the summed loss, the
-            inverse of scikit-learn's ``C``. Defaults to 1.0.
-        max_iter (int): Limit of the solver's iterations. Defaults to 1000.
+        regularization (float): Of 'lbfgs', weight of the squared norm relative to the summed loss,
+            the inverse of scikit-learn's ``C``. Defaults to 1.0.
+        max_iter (int): Of 'lbfgs', limit of the iterations. Defaults to 1000.
+        solver (str): One of these. Defaults to 'lbfgs'; :func:`choose_solver` has the rule that
+            ``ser-mm ablate`` follows.
+        cache_dir (str | Path, optional): Of 'sgd', folder that keeps the head. Defaults to None:
+            it is not kept.
 
     Returns:
         float: Share of the validation features classified rightly, in [0, 1].
+
+    Raises:
+        ValueError: If there is no such solver.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f'solver={solver!r}: choose one of {", ".join(SOLVERS)}.')
+    if solver == 'sgd':
+        head, _ = select_linear_head(train, train_labels, cache_dir)
+        return accuracy(head(val).detach(), val_labels)['top1']
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
     regression = LogisticRegression(C=1 / regularization, max_iter=max_iter)
     # The solver's steps are so short that threads spend their time waiting for each other.
     with threadpool_limits(1):
@@ -94,7 +129,8 @@ def fit_linear_heads(
     steps = epochs * -(-count // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
-    for _ in track(range(epochs), 'Linear probe'):
+    print(f'Linear probe: {epochs} epochs', flush=True)
+    for _ in track_iter_progress(range(epochs)):
         for batch in torch.randperm(count, generator=order).to(device).split(batch_size):
             logits = torch.baddbmm(bias, features[batch].expand(len(rates), -1, -1), weight)
             target = labels[batch].expand(len(rates), -1)
@@ -109,7 +145,7 @@ def fit_linear_heads(
 def select_linear_head(
     features: Tensor,
     labels: Tensor,
-    cache_dir: str | Path,
+    cache_dir: str | Path | None = None,
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 50,
     batch_size: int = 256,
@@ -118,13 +154,13 @@ def select_linear_head(
 ) -> tuple[nn.Linear, dict]:
     """The best head of a sweep of learning rates, by a held-out part of the training set.
 
-    The head is that of the sweep, trained on the rest. It is kept in the cache, under a name that
-    changes with the features, the labels and the arguments.
+    The head is that of the sweep, trained on the rest. It is kept in the cache, if there is one,
+    under a name that changes with the features, the labels and the arguments.
 
     Args:
         features (Tensor): Training features, shape (N, C).
         labels (Tensor): Shape (N,).
-        cache_dir (str | Path): Folder of the cache.
+        cache_dir (str | Path, optional): Folder of the cache. Defaults to None: no cache.
         learning_rates (Sequence[float]): See :func:`fit_linear_heads`. Defaults to 0.001 to 10.
         epochs (int): Defaults to 50.
         batch_size (int): Defaults to 256.
@@ -138,37 +174,73 @@ def select_linear_head(
     Raises:
         ValueError: If ``holdout`` leaves no feature to train on or none to choose by.
     """
-    settings = [list(learning_rates), epochs, batch_size, holdout, seed]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for tensor in (features, labels):
-        digest.update(np.ascontiguousarray(tensor.numpy()))
-    path = Path(cache_dir, f'head-{digest.hexdigest()[:20]}.npz')
     count = round(holdout * len(features))
     if not 0 < count < len(features):
         raise ValueError(
             f'holdout={holdout} of {len(features)} training images is {count}; choose a share '
             'that leaves some to train on and some to choose by.'
         )
-    if not path.exists():
+    path = None
+    if cache_dir is not None:
+        settings = [list(learning_rates), epochs, batch_size, holdout, seed]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for tensor in (features, labels):
+            digest.update(np.ascontiguousarray(tensor.numpy()))
+        path = Path(cache_dir, f'head-{digest.hexdigest()[:20]}.npz')
+    if path is not None and path.exists():
+        with np.load(path) as arrays:
+            found = dict(arrays)
+    else:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         held, rest = order[:count], order[count:]
         classes = int(labels.max()) + 1
         weight, bias = fit_linear_heads(
             features[rest], labels[rest], learning_rates, classes, epochs, batch_size, seed
         )
-        scores = [features[held] @ w + b for w, b in zip(weight.cpu(), bias.cpu(), strict=True)]
+        weight, bias = weight.cpu(), bias.cpu()
+        scores = [features[held] @ w + b for w, b in zip(weight, bias, strict=True)]
         top1 = np.array([accuracy(x, labels[held])['top1'] for x in scores])
         best = int(top1.argmax())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f'.{uuid.uuid4().hex}.part.npz')  # another tool may fit it too
-        np.savez(partial, weight=weight[best].cpu(), bias=bias[best].cpu(), best=best, top1=top1)
-        partial.replace(path)
-    with np.load(path) as arrays:
-        weight, bias = (torch.from_numpy(arrays[name]) for name in ('weight', 'bias'))
-        best, top1 = int(arrays['best']), arrays['top1'].tolist()
+        found = dict(weight=weight[best].numpy(), bias=bias[best].numpy(), best=best, top1=top1)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f'.{uuid.uuid4().hex}.part.npz')  # another may fit it too
+            np.savez(partial, **found)
+            partial.replace(path)
+    weight, bias = (torch.from_numpy(found[name]) for name in ('weight', 'bias'))
+    best, top1 = int(found['best']), found['top1'].tolist()
     head = nn.Linear(*weight.shape)
     head.load_state_dict(dict(weight=weight.T, bias=bias))
     return head, dict(
         learning_rate=learning_rates[best],
         held_out={str(rate): value for rate, value in zip(learning_rates, top1, strict=True)},
     )
+
+
+def fit_head(
+    source: CachedFeatures,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    epochs: int = 50,
+    probe_batch: int = 256,
+) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor] | None]:
+    """The linear probe of a run, the same on all ranks.
+
+    All ranks extract the features, one fits the head.
+
+    Args:
+        source (CachedFeatures): Features of the run, whose ``evaluation.train`` it is fitted on.
+            The head is kept in its cache.
+        learning_rates (Sequence[float]): See :func:`fit_linear_heads`. Defaults to 0.001 to 10.
+        epochs (int): Defaults to 50.
+        probe_batch (int): Features per step. Defaults to 256.
+
+    Returns:
+        tuple: The head, its choice (see :func:`select_linear_head`), and the training features and
+        labels, None on all ranks but the first.
+    """
+    train = source.load('train', main_only=True)
+    found = [None]
+    if is_main_process():
+        found = [select_linear_head(*train, source.cache_dir, learning_rates, epochs, probe_batch)]
+    broadcast_object_list(found)
+    return *found[0], train

@@ -1,6 +1,5 @@
 """Accuracies with confidence intervals."""
 
-from scipy.stats import binomtest
 from torch import Tensor
 
 
@@ -17,6 +16,8 @@ def accuracy(scores: Tensor, labels: Tensor, confidence: float = 0.95) -> dict:
         dict: ``top1`` and ``top5`` as shares in [0, 1], their intervals ``top1_ci`` and
         ``top5_ci``, and ``images``, N.
     """
+    from scipy.stats import binomtest
+
     top, classes = scores.topk(min(5, scores.shape[1]), dim=1)
     hits = (classes == labels.to(scores.device)[:, None]) & top.isfinite()
     result = dict(images=len(labels))

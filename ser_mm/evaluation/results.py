@@ -1,8 +1,39 @@
 """Tables and files of results."""
 
 import json
+import math
+import os
+import statistics
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample, the latter 0 for one value.
+
+    Args:
+        values (Sequence[float]): One or more.
+    """
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def format_mean(values: Sequence[float], form: str = '.3f') -> str:
+    """Mean of a sample and, if its values differ, standard deviation: '0.640 ± 0.019'.
+
+    Args:
+        values (Sequence[float]): One or more; of values that were not measured, nan, '-' is shown.
+        form (str): Format of both. Defaults to '.3f'.
+    """
+    mean, deviation = mean_and_deviation(values)
+    if math.isnan(mean):
+        return '-'
+    return f'{mean:{form}} ± {deviation:{form}}' if len(set(values)) > 1 else f'{mean:{form}}'
+
+
+def describe_seeds(seeds: Sequence[int]) -> str:
+    """What a table says of the seeds that its figures are from."""
+    return f'seeds {list(seeds)}' + (': mean ± standard deviation.' if len(seeds) > 1 else '.')
 
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -22,9 +53,31 @@ def make_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     )
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all, so that no reader and no interruption finds half of it.
+
+    Args:
+        file (Path): File to write; its folder is made if it is not there.
+        text (str): Its content.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f'.{file.name}.{uuid.uuid4().hex}')
+    try:
+        partial.write_text(text)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_results(out: Path, name: str, results: dict, text: str) -> None:
-    """Write ``results`` as ``name``.json and ``text`` as ``name``.md, and print the text."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f'{name}.json').write_text(json.dumps(results, indent=1, default=str) + '\n')
-    (out / f'{name}.md').write_text(f'{text}\n')
+    """Write ``results`` as ``name``.json and ``text`` as ``name``.md, and print the text.
+
+    Args:
+        out (Path): Folder to write to.
+        name (str): Name of both files.
+        results (dict): What JSON can hold; of anything else its ``str`` is written.
+        text (str): Markdown.
+    """
+    write_text(out / f'{name}.json', json.dumps(results, indent=1, default=str) + '\n')
+    write_text(out / f'{name}.md', f'{text}\n')
     print(f'\n{text}\n\nResults are in {out / name}.json and .md.')

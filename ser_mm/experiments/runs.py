@@ -1,4 +1,4 @@
-"""Training runs as processes of ``tools/train.py``: several at a time, resumed and watched."""
+"""Training runs as processes of ``ser-mm train``: several at a time, resumed and watched."""
 
 import math
 import os
@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,10 +16,16 @@ from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 
 from ser_mm.engine.logs import read_scalars
+from ser_mm.evaluation.results import write_text
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+ROOT = Path(__file__).resolve().parents[2]
+"""Folder of the package: a checkout, or where packages are installed."""
 SECONDS = 15
 """Between two lines of progress."""
+
+
+class RunError(RuntimeError):
+    """A training run ended before its time."""
 
 
 def finished(cfg: Config) -> str | None:
@@ -35,72 +42,141 @@ def finished(cfg: Config) -> str | None:
 
 
 def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None = None) -> None:
-    """Train what is not trained yet; runs that were interrupted go on from their last checkpoint.
+    """Train what is not trained yet, and wait for it.
+
+    Args:
+        runs (Mapping[str, Config]): See :func:`training`.
+        jobs (int, optional): See :func:`training`. Defaults to None.
+        gpus (int, optional): See :func:`training`. Defaults to None.
+
+    Raises:
+        KeyboardInterrupt: Also on SIGTERM, when the runs have ended.
+        RunError: If a run fails, with the end of its log.
+        ValueError: If a run is refused, see :func:`training`.
+    """
+    with training(runs, jobs, gpus) as started:
+        started.wait()
+
+
+@contextmanager
+def training(
+    runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None = None
+) -> Iterator['Training']:
+    """Start to train what is not trained yet; runs that were interrupted go on where they were.
 
     The config of a run is written beside its work dir, with the suffix ``.py``, and its output
-    with ``.log``. Runs at one time share the cores. GPUs are dealt out to them in turn.
+    with ``.log``. Runs at one time share the cores. GPUs are dealt out to them in turn. Runs that
+    are not waited for end with the context.
 
     Args:
         runs (Mapping[str, Config]): Configs with ``work_dir`` and ``train_cfg.max_epochs``, by the
             name to show.
         jobs (int, optional): Runs at one time. Defaults to None: all.
         gpus (int, optional): GPUs of each run, or CPU processes where there is no GPU, by
-            ``tools/dist_train.sh``. Defaults to None: one process without launcher.
+            torchrun. Defaults to None: one process without launcher.
+
+    Yields:
+        Training: The runs. Those for which there was room have started.
 
     Raises:
         KeyboardInterrupt: Also on SIGTERM, when the runs have ended.
-        SystemExit: If a run fails, with the end of its log, if its folder holds a run with other
-            settings, or if there are not enough GPUs.
+        ValueError: If a folder holds a run with other settings, or if there are not enough GPUs.
+            Nothing is written or trained then.
     """
     waiting = {}
     for name, cfg in runs.items():
         config = Path(f'{cfg.work_dir}.py')
         if config.exists() and _settings(config.read_text()) != _settings(cfg.pretty_text):
-            sys.exit(
+            raise ValueError(
                 f'{cfg.work_dir} holds a run with other settings ({config}); remove it or choose '
                 'another --work-dir.'
             )
         if not finished(cfg):
             waiting[name] = cfg
-    for cfg in runs.values():  # nothing is written if a run is refused
-        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-        Path(f'{cfg.work_dir}.py').write_text(cfg.pretty_text)
-    if not waiting:
-        return
-
     jobs = min(jobs or len(waiting), len(waiting))
     slots = [_environment(slot, jobs, gpus) for slot in range(jobs)]
-    progress = _Progress(waiting, gpus or 1)
-    processes, used = {}, {}
+    for cfg in runs.values():  # nothing is written if a run is refused
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+        write_text(Path(f'{cfg.work_dir}.py'), cfg.pretty_text)
+
+    started = Training(waiting, slots, gpus)
     # What ends this process, as a scheduler does, is to end the runs too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while any(name not in processes or processes[name].poll() is None for name in waiting):
-            failed = [name for name, process in processes.items() if process.poll()]
-            if failed:
-                break
-            free = [i for i in range(jobs) if i not in used or used[i].poll() is not None]
-            for slot, name in zip(free, [n for n in waiting if n not in processes], strict=False):
-                with open(f'{waiting[name].work_dir}.log', 'w') as log:
-                    used[slot] = processes[name] = subprocess.Popen(
-                        _command(waiting[name], gpus),
-                        env={**os.environ, **slots[slot]},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-            time.sleep(1)
-            progress.tell([name for name, process in processes.items() if process.poll() is None])
-        failed = [name for name, process in processes.items() if process.poll()]
+        started.fill_slots()
+        yield started
     finally:
-        for process in processes.values():
-            process.terminate()
-            process.wait()
+        started.end()
         signal.signal(signal.SIGTERM, before)
-    if failed:
-        log = Path(f'{waiting[failed[0]].work_dir}.log')
-        tail = log.read_text().splitlines()[-15:]
-        status = processes[failed[0]].returncode
-        sys.exit('\n'.join([*tail, f'{failed[0]} failed ({status}); its whole log is {log}']))
+
+
+class Training:
+    """Runs of :func:`training`.
+
+    Args:
+        runs (Mapping[str, Config]): Configs of the runs, by the name to show.
+        slots (list[dict[str, str]]): Environment variables of the runs at one time.
+        gpus (int, optional): GPUs of each run.
+    """
+
+    def __init__(
+        self, runs: Mapping[str, Config], slots: list[dict[str, str]], gpus: int | None
+    ) -> None:
+        self._runs, self._slots, self._gpus = runs, slots, gpus
+        self._progress = _Progress(runs, gpus or 1) if runs else None
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._used: dict[int, subprocess.Popen] = {}
+
+    def fill_slots(self) -> None:
+        """Start runs that wait, if there is room and none has failed."""
+        if any(process.poll() for process in self._processes.values()):
+            return
+        waiting = (name for name in self._runs if name not in self._processes)
+        for slot, variables in enumerate(self._slots):
+            if slot in self._used and self._used[slot].poll() is None:
+                continue
+            name = next(waiting, None)
+            if name is None:
+                return
+            with open(f'{self._runs[name].work_dir}.log', 'w') as log:
+                self._used[slot] = self._processes[name] = subprocess.Popen(
+                    _command(self._runs[name], self._gpus, variables),
+                    env={**os.environ, **variables},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+
+    def wait(self) -> None:
+        """Wait for the end of all runs, and print how far they are.
+
+        Raises:
+            RunError: If a run fails, with the end of its log.
+        """
+        while True:
+            self.fill_slots()
+            statuses = {name: process.poll() for name, process in self._processes.items()}
+            for name, status in statuses.items():
+                if status:
+                    raise RunError(_describe(name, self._runs[name], status))
+            running = [name for name, status in statuses.items() if status is None]
+            if not running and len(statuses) == len(self._runs):
+                return
+            time.sleep(0.2)
+            self._progress.tell(running)
+
+    def end(self) -> None:
+        """Stop the runs that have not ended."""
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait()
+
+
+def _describe(name: str, cfg: Config, status: int) -> str:
+    """What is told of a run that failed."""
+    log = Path(f'{cfg.work_dir}.log')
+    tail = '\n'.join(log.read_text().splitlines()[-15:])
+    return f'{name} failed with exit status {status}; its log is {log} and ends so:\n{tail}'
 
 
 def _settings(text: str) -> dict:
@@ -109,27 +185,29 @@ def _settings(text: str) -> dict:
     return {k: v for k, v in cfg.items() if k not in ('work_dir', 'evaluation', 'eval_pipeline')}
 
 
-def _command(cfg: Config, gpus: int | None) -> list[str]:
-    train = [sys.executable, str(TOOLS / 'train.py'), f'{cfg.work_dir}.py']
+def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> list[str]:
+    train = [sys.executable, '-m']
     if gpus:
-        train = ['bash', str(TOOLS / 'dist_train.sh'), f'{cfg.work_dir}.py', str(gpus)]
-    return [*train, '--resume', '--work-dir', cfg.work_dir]
+        train += ['torch.distributed.run', f'--nproc_per_node={gpus}']
+        train += [f'--master_port={variables["PORT"]}', '-m']
+    train += ['ser_mm.cli.train', f'{cfg.work_dir}.py', '--work-dir', cfg.work_dir, '--resume']
+    return [*train, '--launcher', 'pytorch'] if gpus else train
 
 
 def _environment(slot: int, jobs: int, gpus: int | None) -> dict[str, str]:
     """Cores, GPUs and port of the runs that take turns in a slot."""
     threads = max(1, len(os.sched_getaffinity(0)) // (jobs * (gpus or 1)))
     own = dict(OMP_NUM_THREADS=str(threads))
+    if (ROOT / 'pyproject.toml').is_file():  # a checkout, which need not be installed
+        own['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     if gpus:
-        own['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'
-        own['VIRTUAL_ENV'] = sys.prefix  # dist_train.sh is to take this Python
         own['PORT'] = str(int(os.environ.get('PORT', 29500)) + slot)
     if torch.cuda.is_available():
         visible = os.environ.get('CUDA_VISIBLE_DEVICES')
         count = torch.cuda.device_count()
         devices = visible.split(',') if visible else [str(i) for i in range(count)]
         if gpus and jobs * gpus > len(devices):
-            sys.exit(
+            raise ValueError(
                 f'{jobs} runs at one time with {gpus} GPUs each need {jobs * gpus}, and there are '
                 f'{len(devices)}; lower --jobs or --gpus.'
             )

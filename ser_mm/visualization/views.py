@@ -1,15 +1,12 @@
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from mmengine.model import BaseDataPreprocessor
-from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
-from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from ser_mm.geometry import ELEMENT_NAMES
+from ser_mm.views import ViewBatch
 
 
 def restore_images(images: Tensor, preprocessor: BaseDataPreprocessor) -> Tensor:
@@ -26,28 +23,23 @@ def restore_images(images: Tensor, preprocessor: BaseDataPreprocessor) -> Tensor
     return (pixels / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu()
 
 
-def draw_views(cfg: Config, file: str | Path, num_images: int = 6) -> None:
-    """Draw both views of some images of b1 and of b2, as training sees them.
+def draw_views(
+    views: Sequence[ViewBatch],
+    restore: Callable[[Tensor], Tensor],
+    file: str | Path,
+    num_images: int = 6,
+) -> None:
+    """Draw the views of some images of b1 and of b2, as training sees them.
 
-    They come from the data loader and preprocessor of the config. Views of b2 have as title the D4
-    element that moved them and their size in pixels after the resize.
+    The views of b2 bear the D4 element that moved them and their size in pixels after the resize.
 
     Args:
-        cfg (Config): Config of a SER run.
+        views (Sequence[ViewBatch]): The two views of a batch.
+        restore (Callable): Makes displayable images, (N, H, W, 3) in [0, 1], of those in ``views``,
+            as :func:`restore_images` does.
         file (str | Path): Image file to write.
         num_images (int): Images of each of b1 and b2, at most. Defaults to 6.
-
-    Raises:
-        ValueError: If no batch of an epoch has an image in b2.
     """
-    init_default_scope(cfg.default_scope)
-    loader = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
-    preprocessor = MODELS.build(cfg.model.data_preprocessor)
-    batches = (preprocessor(batch, training=True)['inputs'][:2] for batch in loader)
-    views = next((views for views in batches if len(views[0].equi)), None)
-    if views is None:
-        raise ValueError('draw_views: no image of the epoch is in b2; raise equi_ratio.')
-
     figure = Figure(figsize=(1.7 * num_images, 7.5), layout='constrained')
     for part, (name, rows) in zip(
         figure.subfigures(2, 1),
@@ -64,7 +56,7 @@ def draw_views(cfg: Config, file: str | Path, num_images: int = 6) -> None:
         for panel in panels.flat:
             panel.axis('off')
         for row, (images, view) in enumerate(zip(rows, views, strict=True)):
-            images = restore_images(images[:num_images], preprocessor)
+            images = restore(images[:num_images])
             for column, image in enumerate(images):
                 panel = panels[row, column]
                 panel.imshow(image)

@@ -1,0 +1,98 @@
+"""What is measured of a pretraining run, once, and kept beside it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import set_random_seed
+
+from ser_mm.evaluation.backbone import token_maps_of
+from ser_mm.evaluation.data import spaced_images
+from ser_mm.evaluation.equivariance import equivariance_by_layer
+from ser_mm.evaluation.features import CachedFeatures
+from ser_mm.evaluation.knn import knn_probe
+from ser_mm.evaluation.linear import choose_solver, linear_probe
+from ser_mm.evaluation.results import write_text
+
+TRANSFORMATIONS = ('rot90', 'flip_lr', 'scale', 'mixture')
+
+
+def evaluate(
+    cfg: Config,
+    checkpoint: str | None,
+    images: int = 450,
+    num_workers: int = 0,
+    solver: str | None = None,
+) -> dict[str, Any]:
+    """Figures of a network, kept as JSON beside the folder of its run.
+
+    Args:
+        cfg (Config): Config of the run, with ``work_dir``, ``randomness`` and ``evaluation``.
+        checkpoint (str, optional): Its final checkpoint. None for the untrained network.
+        images (int): Validation images that R2 is measured on, at most. Defaults to 450.
+        num_workers (int): Processes that read images. Defaults to 0.
+        solver (str, optional): Of the linear probe, see
+            :func:`~ser_mm.evaluation.linear.linear_probe`. Defaults to None: what
+            :func:`~ser_mm.evaluation.linear.choose_solver` says.
+
+    Returns:
+        dict[str, Any]: Accuracies ``probe`` and ``knn``, and ``layers``, the scores of all blocks
+        by transformation, see :func:`~ser_mm.evaluation.equivariance.equivariance_by_layer`.
+    """
+    file = Path(f'{cfg.work_dir}.json')
+    about = _about(cfg, checkpoint, images, solver)
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept.pop('about') == about:
+            return kept
+    set_random_seed(cfg.randomness.seed)  # of the untrained network
+    cache = Path(f'{cfg.work_dir}.features')  # for an interruption: those of ImageNet take long
+    source = CachedFeatures(cfg, checkpoint, cache, num_workers=num_workers)
+    features = [x for split in ('train', 'val') for x in source.load(split)]
+    solver = solver or choose_solver(len(features[0]))
+    with token_maps_of(source.network.backbone) as token_maps:
+        batches = spaced_images(cfg, 'val', images, num_workers=num_workers)
+        layers = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
+    found = dict(
+        probe=linear_probe(*features, solver=solver, cache_dir=cache),
+        knn=knn_probe(*features),
+        layers=layers,
+    )
+    write_text(file, json.dumps(dict(found, about=about), indent=1))
+    shutil.rmtree(cache)
+    return found
+
+
+def _about(cfg: Config, checkpoint: str | None, images: int, solver: str | None) -> dict[str, Any]:
+    """What figures depend on."""
+    if checkpoint:
+        content = Path(checkpoint).read_bytes()
+    else:
+        content = repr((cfg.model, cfg.randomness)).encode()
+    about = dict(
+        checkpoint=hashlib.sha256(content).hexdigest(),
+        evaluation=hashlib.sha256(repr(cfg.evaluation).encode()).hexdigest(),
+        images=images,
+    )
+    return about | (dict(solver=solver) if solver else {})
+
+
+def at_layer(found: dict[str, Any], layer: int) -> dict[str, Any]:
+    """Figures with R2 and retrieval under 'mixture' at a block and at the last one.
+
+    Args:
+        found (dict[str, Any]): What :func:`evaluate` returned.
+        layer (int): Block, counted from 1.
+
+    Returns:
+        dict[str, Any]: With ``r2``, ``r2_last``, ``retrieval`` and ``retrieval_last`` too.
+    """
+    mixture = found['layers']['mixture']
+    scores = {}
+    for key in ('r2', 'retrieval'):
+        scores[key] = mixture[layer - 1][key]
+        scores[f'{key}_last'] = mixture[-1][key]
+    return {**found, **scores}

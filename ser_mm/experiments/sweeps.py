@@ -1,0 +1,306 @@
+"""Points of sweeps, the configs of their runs, and what is reported of them."""
+
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmpretrain.registry import MODELS
+
+from ser_mm.engine.schedules import follow_max_epochs
+from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.data import check_evaluation
+from ser_mm.evaluation.equivariance import TITLES
+from ser_mm.evaluation.results import (
+    describe_seeds,
+    format_mean,
+    make_table,
+    mean_and_deviation,
+    write_results,
+)
+from ser_mm.experiments.figures import TRANSFORMATIONS, at_layer, evaluate
+from ser_mm.experiments.runs import finished, train
+from ser_mm.visualization import draw_curves
+
+SWEEPS = ('layer', 'cls', 'equi_ratio', 'temperature', 'loss_weight', 'gradient')
+FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
+COLUMNS = {
+    'probe': 'linear probe',
+    'knn': 'k-NN',
+    'r2': 'R2 at SER layer',
+    'retrieval': 'retrieval at SER layer',
+    'r2_last': 'R2 at last block',
+    'retrieval_last': 'retrieval at last block',
+}
+
+SER_LAYER = 'model.algorithm.backbone.ser_layer'
+CLS_LAYER = 'model.algorithm.backbone.cls_layer'
+EQUI_RATIO = 'train_dataloader.dataset.pipeline.1.equi_ratio'
+IN_CHANNELS = 'model.neck.in_channels'
+STRIDE = 'model.data_preprocessor.patch_size'
+TEMPERATURE = 'model.head.temperature'
+LOSS_WEIGHT = 'model.loss_weight'
+NAMED = (SER_LAYER, CLS_LAYER, EQUI_RATIO, TEMPERATURE, LOSS_WEIGHT)
+
+Point = dict[str, Any]
+"""Fields of the config to set, by their place in it."""
+
+
+def load_base(config: Path, cfg_options: Mapping[str, Any]) -> Config:
+    """The config that the runs of sweeps differ from.
+
+    Args:
+        config (Path): Config with SER.
+        cfg_options (Mapping[str, Any]): Fields to override, by their place in the config.
+
+    Raises:
+        ValueError: If it has no SER, or is not trained by epochs.
+    """
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(dict(cfg_options))
+    if cfg.model.type != 'SERAlgorithm' or 'max_epochs' not in cfg.train_cfg:
+        raise ValueError(
+            f"{config}: model.type='{cfg.model.type}', or train_cfg has no max_epochs; choose a "
+            "config with type='SERAlgorithm' that is trained by epochs."
+        )
+    return cfg
+
+
+def points(
+    cfg: Config, sweep: str, values: Sequence[float] | None = None
+) -> dict[Any, Point | None]:
+    """The settings of a sweep, those that differ from the config, by the value to show.
+
+    Args:
+        cfg (Config): What :func:`load_base` returned.
+        sweep (str): Of :data:`SWEEPS`.
+        values (Sequence[float], optional): Values of the setting. Defaults to None: those of the
+            sweep; 'gradient' has no others.
+
+    Returns:
+        dict: Settings by value; None stands for the base algorithm without SER.
+
+    Raises:
+        ValueError: If the network has no such setting.
+    """
+    if sweep == 'gradient':
+        return {'baseline': None, 'views only': {LOSS_WEIGHT: 0.0}, 'SER': {}}
+    model = build_model(cfg)
+    depth = getattr(model.backbone, 'num_layers', None) or model.backbone.num_stages
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    current = {
+        SER_LAYER: model.backbone.ser_layer,
+        CLS_LAYER: getattr(model.backbone, 'cls_layer', None),
+        TEMPERATURE: model.ser_head.temperature,
+        LOSS_WEIGHT: model.loss_weight,
+        EQUI_RATIO: pipeline[1].get('equi_ratio') if len(pipeline) > 1 else None,
+    }
+    # Where the config says nothing of these, they follow the layer by themselves.
+    given = {IN_CHANNELS: _field(cfg, IN_CHANNELS), STRIDE: _field(cfg, STRIDE)}
+    current |= {place: value for place, value in given.items() if value is not None}
+    found: dict[Any, Point] = {}
+    if sweep == 'layer':
+        for layer in map(int, values or range(1, depth + 1)):
+            found[layer] = {SER_LAYER: layer}
+            options = dict(ser_layer=layer)
+            if current[CLS_LAYER] is not None:
+                options['cls_layer'] = found[layer][CLS_LAYER] = min(layer, depth - 1)
+            # The maps of a ResNet's stages differ in channels and stride.
+            part = MODELS.build({**deepcopy(cfg.model.algorithm.backbone), **options})
+            fitting = {IN_CHANNELS: part.token_map_channels, STRIDE: part.token_map_stride}
+            found[layer] |= {place: x for place, x in fitting.items() if place in current}
+    else:
+        place = dict(
+            cls=CLS_LAYER,
+            equi_ratio=EQUI_RATIO,
+            temperature=TEMPERATURE,
+            loss_weight=LOSS_WEIGHT,
+        )[sweep]
+        if current[place] is None:
+            raise ValueError(f'{sweep}: {place} is not in {cfg.filename}; leave this sweep out.')
+        if sweep == 'cls':
+            values = list(map(int, values or range(depth)))
+        elif not values:
+            values = [current[place] * factor for factor in FACTORS]
+            values = [value for value in values if sweep != 'equi_ratio' or value <= 1]
+        found = {value: {place: value} for value in values}
+    return {
+        value: {place: x for place, x in settings.items() if x != current[place]}
+        for value, settings in found.items()
+    }
+
+
+def _field(cfg: Config, place: str) -> Any:
+    """What a config says at a place, None if it says nothing."""
+    found: Any = cfg
+    for key in place.split('.'):
+        found = (found or {}).get(key)
+    return found
+
+
+def run_config(
+    cfg: Config, point: Point | None, seed: int, work_dir: Path, cfg_options: Mapping[str, Any]
+) -> Config:
+    """Config of one run; its folder has the name of what differs from the config of the sweeps.
+
+    Args:
+        cfg (Config): What :func:`load_base` returned.
+        point (Point, optional): What differs. None for the base algorithm: the config beside it
+            without 'ser_' in its name.
+        seed (int): Seed of the run.
+        work_dir (Path): Folder of all sweeps.
+        cfg_options (Mapping[str, Any]): What :func:`load_base` was given. The base algorithm takes
+            over what is not of SER.
+
+    Raises:
+        ValueError: If there is no config of the base algorithm.
+    """
+    config = Path(cfg.filename)
+    if point is None:
+        file = config.with_name(config.name.removeprefix('ser_'))
+        if file == config or not file.is_file():
+            raise ValueError(f'gradient: {config} has no baseline {file.name} beside it.')
+        name, own = 'baseline', Config.fromfile(file)
+        for place, value in cfg_options.items():
+            if place.startswith('model.algorithm.'):
+                own.merge_from_dict({place.replace('.algorithm', '', 1): value})
+            elif place != EQUI_RATIO and not place.startswith('model.'):
+                own.merge_from_dict({place: value})
+    else:
+        own = deepcopy(cfg)
+        own.merge_from_dict(point)
+        settings = {place.rpartition('.')[2]: x for place, x in point.items() if place in NAMED}
+        name = ','.join(f'{key}={x:g}' for key, x in settings.items()) or 'SER'
+        name = 'views_only' if settings == dict(loss_weight=0.0) else name
+    follow_max_epochs(own)
+    own.randomness = dict(seed=seed)
+    own.work_dir = str(work_dir / config.stem.removeprefix('ser_') / f'seed{seed}' / name)
+    return own
+
+
+def ser_layer(cfg: Config, run: Config) -> int:
+    """Block at which SER is in a run, or would be in that of the base algorithm.
+
+    Args:
+        cfg (Config): What :func:`load_base` returned.
+        run (Config): What :func:`run_config` returned.
+    """
+    backbone = (run.model.get('algorithm') or run.model).backbone
+    return backbone.get('ser_layer') or cfg.model.algorithm.backbone.ser_layer
+
+
+def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: list[int]) -> str:
+    """Draw a sweep, and make its table: mean and standard deviation over seeds.
+
+    Args:
+        out (Path): Folder of the figures, ``SWEEP.png`` and ``SWEEP_blocks.png``.
+        sweep (str): Its name.
+        results (dict): By value, what :func:`~ser_mm.experiments.figures.at_layer` returned for
+            each seed.
+        seeds (list[int]): The seeds.
+
+    Returns:
+        str: Markdown.
+    """
+    rows, panels = [], {title: {sweep: []} for title in COLUMNS.values()}
+    for value, runs in results.items():
+        shown = f'{value:g}' if isinstance(value, float) else value
+        rows.append([shown])
+        for key, title in COLUMNS.items():
+            values = [run[key] for run in runs]
+            rows[-1].append(format_mean(values))
+            panels[title][sweep].append((shown, *mean_and_deviation(values)))  # evenly spaced
+    out.mkdir(parents=True, exist_ok=True)
+    draw_curves(panels, out / f'{sweep}.png', sweep)
+    curves = {
+        f'{title}, {moves}': {
+            f'{value:g}' if isinstance(value, float) else str(value): [
+                (i + 1, *mean_and_deviation([run['layers'][moves][i][key] for run in runs]))
+                for i in range(len(runs[0]['layers'][moves]))
+            ]
+            for value, runs in results.items()
+        }
+        for key, title in TITLES.items()
+        for moves in TRANSFORMATIONS
+    }
+    draw_curves(curves, out / f'{sweep}_blocks.png', 'block', len(TRANSFORMATIONS))
+    return f'{make_table([sweep, *COLUMNS.values()], rows)}\n\n{describe_seeds(seeds).capitalize()}'
+
+
+def run_sweeps(
+    config: Path,
+    sweeps: Sequence[str],
+    seeds: Sequence[int],
+    work_dir: Path,
+    cfg_options: Mapping[str, Any],
+    values: Sequence[float] | None = None,
+    jobs: int = 1,
+    gpus: int | None = None,
+    images: int = 450,
+    num_workers: int = 0,
+    solver: str | None = None,
+) -> Path:
+    """Train all points of sweeps, evaluate, print tables, and draw.
+
+    Args:
+        config (Path): Config with SER.
+        sweeps (Sequence[str]): Of :data:`SWEEPS`.
+        seeds (Sequence[int]): Seeds of every point.
+        work_dir (Path): Folder of all sweeps, where each config has its own.
+        cfg_options (Mapping[str, Any]): Fields of the config to override.
+        values (Sequence[float], optional): See :func:`points`. Defaults to None.
+        jobs (int): Runs at one time. Defaults to 1.
+        gpus (int, optional): See :func:`~ser_mm.experiments.runs.training`. Defaults to None.
+        images (int): See :func:`~ser_mm.experiments.figures.evaluate`. Defaults to 450.
+        num_workers (int): See :func:`~ser_mm.experiments.figures.evaluate`. Defaults to 0.
+        solver (str, optional): See :func:`~ser_mm.experiments.figures.evaluate`. Defaults to None.
+
+    Returns:
+        Path: Folder of the results, ``SWEEP.json``, ``.md``, ``.png`` and ``SWEEP_blocks.png``.
+
+    Raises:
+        FileNotFoundError: If data to evaluate on is missing.
+        RunError: If a run fails.
+        ValueError: If the config or a run is refused.
+    """
+    start = time.monotonic()
+    cfg = load_base(config, cfg_options)
+    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
+    plan = {
+        sweep: {
+            value: {seed: run_config(cfg, point, seed, work_dir, cfg_options) for seed in seeds}
+            for value, point in points(cfg, sweep, values).items()
+        }
+        for sweep in sweeps
+    }
+    # By seed, so that what is ready first is a whole sweep of one seed.
+    runs = {
+        f'{Path(own.work_dir).name} (seed {seed})': own
+        for seed in seeds
+        for settings in plan.values()
+        for own in (by_seed[seed] for by_seed in settings.values())
+    }
+    for own in {str(own.get('evaluation')): own for own in runs.values()}.values():
+        check_evaluation(own)  # before days of training
+    out = work_dir / config.stem.removeprefix('ser_')
+    todo = sum(not finished(own) for own in runs.values())
+    print(f'{len(runs)} runs, {todo} to train; logs are in {out}', flush=True)
+    train(runs, jobs, gpus)
+
+    for sweep, settings in plan.items():
+        results = {}
+        for value, by_seed in settings.items():
+            print(f'evaluating {sweep} {value}', flush=True)
+            results[value] = [
+                at_layer(
+                    evaluate(own, finished(own), images, num_workers, solver), ser_layer(cfg, own)
+                )
+                for own in by_seed.values()
+            ]
+        text = report_sweep(out, sweep, results, seeds)
+        write_results(out, sweep, dict(seeds=list(seeds), results=results), text)
+    print(f'Figures are beside them ({time.monotonic() - start:.0f} s).')
+    return out
