@@ -19,7 +19,7 @@ from ser_mm.engine.logs import read_scalars
 from ser_mm.evaluation.results import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Folder of the package: a checkout, or where packages are installed."""
+"""Folder that holds the package, a checkout or where packages are installed."""
 SECONDS = 15
 """Between two lines of progress."""
 

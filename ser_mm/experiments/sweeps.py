@@ -148,8 +148,8 @@ def run_config(
 
     Args:
         cfg (Config): What :func:`load_base` returned.
-        point (Point, optional): What differs. None for the base algorithm: the config beside it
-            without 'ser_' in its name.
+        point (Point, optional): What differs. None for the base algorithm, the config beside it
+            without ``ser_`` in its name.
         seed (int): Seed of the run.
         work_dir (Path): Folder of all sweeps.
         cfg_options (Mapping[str, Any]): What :func:`load_base` was given. The base algorithm takes
