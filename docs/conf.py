@@ -80,12 +80,17 @@ class CommandHelps(Directive):
 
 
 def resolve_public_name(app, env, node, contnode):
-    """Link what a package exports to where it is documented: the module that defines it."""
+    """Link what a package exports to where it is documented: the module that defines it.
+
+    Constants without a docstring are on no page; their names are shown without a link.
+    """
     target = node.get('reftarget', '')
     for name in (target, f'{node.get("py:module")}.{target}'):
         module, _, attribute = name.rpartition('.')
         try:
             found = getattr(importlib.import_module(module), attribute)
+            if node['reftype'] == 'data':
+                return contnode
             home = f'{found.__module__}.{found.__qualname__}'
         except (ImportError, AttributeError, ValueError):
             continue
