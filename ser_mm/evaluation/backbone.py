@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -12,6 +13,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ser_mm.checkpoint import load_backbone, read_weights
+from ser_mm.engine.configs import find_config
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -29,12 +31,19 @@ def build_model(cfg: Config) -> nn.Module:
     return MODELS.build(model)
 
 
-def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> nn.Module:
+def as_config(cfg: Config | str | Path) -> Config:
+    """A config, or that of a file or of a shipped name, see :func:`find_config`."""
+    return cfg if isinstance(cfg, Config) else Config.fromfile(find_config(cfg))
+
+
+def build_backbone(
+    cfg: Config | str | Path, checkpoint: str | None = None, **overrides
+) -> nn.Module:
     """The backbone of a config's model, in eval mode, on the device that there is.
 
     Args:
-        cfg (Config): Config of a classifier or of a self-supervised algorithm of MMPretrain, or of
-            ``SERAlgorithm``.
+        cfg (Config | str | Path): Config of a classifier or of a self-supervised algorithm of
+            MMPretrain, or of ``SERAlgorithm``; or its path, or the name of a shipped one.
         checkpoint (str, optional): Path or URL of its weights, which have to fit completely; see
             :func:`ser_mm.checkpoint.load_backbone`. Defaults to None: untrained, initialized as
             the config says.
@@ -46,7 +55,11 @@ def build_backbone(cfg: Config, checkpoint: str | None = None, **overrides) -> n
     Raises:
         ValueError: If the model has no backbone of MMPretrain, if the backbone masks its images,
             or if the checkpoint does not fit.
+
+    Example:
+        >>> backbone = build_backbone('ser_mocov3_vits16', 'epoch_100.pth')
     """
+    cfg = as_config(cfg)
     model = cfg.model.get('algorithm') or cfg.model
     if 'backbone' not in model:
         raise ValueError(

@@ -57,12 +57,7 @@ def build_loader(
         ValueError: If the config says nothing of the split or of the normalization.
     """
     dataset = dataset_of(cfg, split)
-    pixels = {}
-    for place in (cfg, cfg.model.get('algorithm') or {}, cfg.model):
-        pixels.update(place.get('data_preprocessor') or {})
-    if not pixels:
-        raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
-    pixels = {key: pixels[key] for key in ('mean', 'std', 'to_rgb') if key in pixels}
+    preprocessor = build_preprocessor(cfg)
     # In test mode an image that cannot be read is an error: another one would take its place.
     options = dict(test_mode=True, **({} if pipeline is None else dict(pipeline=pipeline)))
     loader = Runner.build_dataloader(
@@ -75,8 +70,29 @@ def build_loader(
             collate_fn=dict(type='default_collate'),
         )
     )
-    preprocessor = MODELS.build(dict(type='ClsDataPreprocessor', **pixels)).to(get_device())
     return preprocessor, loader
+
+
+def build_preprocessor(cfg: Config) -> nn.Module:
+    """What makes collated images the network's input: channel order, mean and std of a config.
+
+    Args:
+        cfg (Config): With ``data_preprocessor``, of the model, of the algorithm in it, or of the
+            config.
+
+    Returns:
+        nn.Module: MMPretrain's ``ClsDataPreprocessor``, on the device that there is.
+
+    Raises:
+        ValueError: If the config says nothing of the normalization.
+    """
+    pixels = {}
+    for place in (cfg, cfg.model.get('algorithm') or {}, cfg.model):
+        pixels.update(place.get('data_preprocessor') or {})
+    if not pixels:
+        raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
+    pixels = {key: pixels[key] for key in ('mean', 'std', 'to_rgb') if key in pixels}
+    return MODELS.build(dict(type='ClsDataPreprocessor', **pixels)).to(get_device())
 
 
 def spaced_indices(total: int, count: int) -> list[int]:

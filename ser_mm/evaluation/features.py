@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
@@ -14,16 +14,18 @@ from typing import Any
 import mmengine.fileio
 import numpy as np
 import torch
+from mmcv.transforms import Compose
 from mmengine.config import Config
+from mmengine.dataset import default_collate
 from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info
 from mmengine.utils import track_iter_progress
 from mmpretrain.models.backbones import VisionTransformer
-from mmpretrain.registry import MODELS
+from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
-from ser_mm.evaluation.backbone import build_backbone
-from ser_mm.evaluation.data import build_loader
+from ser_mm.evaluation.backbone import as_config, build_backbone
+from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
 
 
 class Embedder(nn.Module):
@@ -34,7 +36,8 @@ class Embedder(nn.Module):
     final norm, which is DINO's protocol for the linear probe.
 
     Args:
-        cfg (Config): Config of a run, see :func:`~ser_mm.evaluation.build_backbone`.
+        cfg (Config | str | Path): Config of a run, its path, or the name of a shipped one, see
+            :func:`~ser_mm.evaluation.build_backbone`.
         checkpoint (str, optional): Its weights. Defaults to None: untrained.
         blocks (int): Last blocks to take. Defaults to 1.
         head (nn.Linear, optional): Give the class that a copy of it finds in the vector, instead
@@ -42,16 +45,21 @@ class Embedder(nn.Module):
 
     Raises:
         ValueError: If ``blocks`` is not in the network, or an output is no vector and no map.
+
+    Example:
+        >>> embedder = Embedder('ser_mocov3_vits16', 'epoch_100.pth')
+        >>> features = embedder.embed(['a.jpg', 'b.jpg'])  # (2, 384)
     """
 
     def __init__(
         self,
-        cfg: Config,
+        cfg: Config | str | Path,
         checkpoint: str | None = None,
         blocks: int = 1,
         head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
+        cfg = as_config(cfg)
         model = cfg.model.get('algorithm') or cfg.model
         kind = model.get('backbone', {}).get('type')
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
@@ -73,6 +81,42 @@ class Embedder(nn.Module):
             self.backbone.out_indices = list(range(depth - blocks, depth))
         self.blocks = blocks
         self.set_head(head)
+        self._cfg = cfg
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[str | Path | np.ndarray], batch_size: int = 64) -> Tensor:
+        """Features of images, prepared as the config's ``evaluation.val`` prepares them.
+
+        Args:
+            images (Sequence[str | Path | np.ndarray]): Files, or arrays (H, W, 3), uint8, BGR.
+            batch_size (int): Images at one time. Defaults to 64.
+
+        Returns:
+            Tensor: Shape (N, C), or classes (N,) with a head; on the CPU.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If there is no image, or the config says nothing of transforms or
+                normalization.
+        """
+        if not len(images):
+            raise ValueError('Embedder.embed: there is no image; give files or arrays.')
+        load, *rest = [
+            TRANSFORMS.build(x) for x in deepcopy(dataset_of(self._cfg, 'val')['pipeline'])
+        ]
+        pipeline, preprocessor = Compose(rest), build_preprocessor(self._cfg)
+
+        def prepare(image: str | Path | np.ndarray) -> dict:
+            if isinstance(image, np.ndarray):
+                size = image.shape[:2]
+                return pipeline(dict(img=image, img_shape=size, ori_shape=size))
+            return pipeline(load(dict(img_path=str(image))))
+
+        features = []
+        for start in range(0, len(images), batch_size):
+            batch = default_collate([prepare(x) for x in images[start : start + batch_size]])
+            features.append(self(preprocessor(batch)['inputs']).cpu())
+        return torch.cat(features)
 
     def set_head(self, head: nn.Linear | None) -> None:
         """Give the class that a copy of ``head`` finds from now on, or the vector if it is None."""

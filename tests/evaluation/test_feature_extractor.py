@@ -1,0 +1,78 @@
+"""MMPretrain's own interfaces take our configs, names and checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmpretrain import FeatureExtractor, get_model, list_models
+from mmpretrain.registry import MODELS
+
+import ser_mm  # noqa: F401  registers the modules and the model index
+from ser_mm.evaluation import Embedder
+from tests.support.paths import ROOT
+
+
+@pytest.fixture(scope='module')
+def demo():
+    return Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
+
+
+@pytest.fixture(scope='module')
+def checkpoint(demo, tmp_path_factory):
+    """Weights as a run writes them."""
+    model = MODELS.build(demo.model)
+    model.init_weights()
+    path = tmp_path_factory.mktemp('run') / 'epoch_1.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return str(path)
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(256, size=(60, 80, 3), dtype=np.uint8) for _ in range(3)]
+
+
+def test_features_are_those_of_our_embedder(demo, checkpoint, images):
+    """The first image alone and in a batch, by MMPretrain and by us."""
+    extract = FeatureExtractor(demo, pretrained=checkpoint, device='cpu')
+    found = torch.stack([outputs[-1] for outputs in extract(images, batch_size=2)])
+    embedder = Embedder(demo, checkpoint)
+    expected = embedder.embed(images)
+    assert expected.shape == (3, 96) and not expected.requires_grad
+    # The same network in float32, batched otherwise.
+    torch.testing.assert_close(found, expected.to(found.device), rtol=1e-4, atol=1e-5)
+
+
+def test_embed_takes_files_and_arrays(demo, checkpoint, images, tmp_path):
+    from PIL import Image
+
+    files = []
+    for i, image in enumerate(images):
+        files.append(tmp_path / f'{i}.png')
+        Image.fromarray(image[..., ::-1]).save(files[-1])  # arrays are BGR, as pipelines load them
+    embedder = Embedder(demo, checkpoint)
+    expected = embedder.embed(images)
+    assert torch.equal(embedder.embed(files), expected)
+    torch.testing.assert_close(embedder.embed(files, batch_size=1), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match='absent.png'):
+        embedder.embed([tmp_path / 'absent.png'])
+    with pytest.raises(ValueError, match='no image'):
+        embedder.embed([])
+
+
+def test_names_of_shipped_configs(checkpoint, images):
+    names = list_models('*ser_*')
+    assert {'ser_mocov3_vits16', 'ser_dino_vits16', 'ser_barlowtwins_r50'} <= set(names)
+    model = get_model('ser_mocov3_vits16', device='cpu')
+    assert type(model).__name__ == 'SERAlgorithm' and model.data_preprocessor.mean is not None
+    by_name = Embedder('demo/ser_mocov3', checkpoint).embed(images)
+    by_path = Embedder(ROOT / 'configs/demo/ser_mocov3.py', checkpoint).embed(images)
+    assert torch.equal(by_name, by_path)
+
+
+@pytest.mark.parametrize('name', ['ser_dino_vits16', 'ser_barlowtwins_vits16', 'ser_mocov3_r50'])
+def test_extract_feat_of_every_algorithm(name, images):
+    extract = FeatureExtractor(str(ROOT / f'configs/{name}.py'), pretrained=None, device='cpu')
+    (outputs,) = extract(images[:1])
+    assert outputs[-1].isfinite().all()
