@@ -1,4 +1,4 @@
-"""What a config has to get right before long work starts, told in one sentence."""
+"""Checks of a config before long work starts; what is wrong is said in one sentence."""
 
 import inspect
 import json
@@ -21,12 +21,12 @@ def check_data(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
     """Fail early, and in one sentence, when the data a config names is missing or has no images.
 
     Otherwise the same mistake ends in a traceback from inside the data set, after the model was
-    built. Only local paths are looked at, and no more files than it takes to find one image.
+    built. Only local paths are checked, and no more files than it takes to find one image.
     Wrapped and concatenated data sets are followed.
 
     Args:
         cfg (Config): Config of the run.
-        dataloaders (Sequence[str]): Names of the data loaders to look at. Defaults to those
+        dataloaders (Sequence[str]): Names of the data loaders to check. Defaults to those
             that training uses.
 
     Raises:
@@ -116,11 +116,11 @@ def _has_image(folder: str, suffixes: tuple[str, ...], in_subfolders: bool) -> b
 def check_coco(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> None:
     """Fail early, in one sentence, when annotations, classes and heads of MMDetection disagree.
 
-    MMDetection itself passes over the annotations of classes that a file does not know, and takes
+    MMDetection itself skips the annotations of classes that a file does not know, and takes
     the labels in the order of the file, whatever the order of the names.
 
     Args:
-        cfg (Config): Config of the run; one of another scope than 'mmdet' is not looked at.
+        cfg (Config): Config of the run; one of another scope than 'mmdet' is not checked.
         dataloaders (Sequence[str]): Names of the data loaders to look at. Defaults to those
             that training uses.
 

@@ -48,7 +48,7 @@ def keep_worker_seed(worker_id: int) -> None:
 class FreezeLayerHook(Hook):
     """Leave a layer as it is in the first epochs, as DINO does with the last of its projector.
 
-    The optimizer finds no gradient of it and passes over it, weight decay included. Gradients are
+    The optimizer finds no gradient of it and skips it, weight decay included. Gradients are
     computed all the same: DDP, built once for all epochs, waits for each.
 
     Args:
@@ -93,12 +93,12 @@ class FreezeLayerHook(Hook):
 class NonFiniteLossHook(Hook):
     """Stop training when a loss is not finite, before a checkpoint of it is written.
 
-    Losses are looked at every ``interval`` iterations, so that the device is not waited for in
+    Losses are checked every ``interval`` iterations, so that the device is not waited for in
     between, and at the end of each epoch. Use a checkpoint interval in iterations that is a
     multiple of it.
 
     Args:
-        interval (int): Iterations between two looks. Defaults to 50.
+        interval (int): Iterations between two checks. Defaults to 50.
     """
 
     priority = 'VERY_HIGH'

@@ -94,7 +94,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
     compute the scores again in the backward pass); norms, activations, interpolation, optimizer
     and moving average count nothing. Operators are those in float32.
 
-    With SER, ``equi_ratio * batch_size`` images are in b2. Where that is no whole number, the
+    With SER, ``equi_ratio * batch_size`` images are in b2. Where that is not a whole number, the
     counts of the two next to it are weighed. Both views of b2 are on the grid of the mean area
     and aspect, that of b1.
 

@@ -100,7 +100,7 @@ def check_transformations(transformations: Sequence[str]) -> None:
     """Check names of transformations.
 
     Raises:
-        ValueError: If one is not of ``TRANSFORMATIONS``, or there is none.
+        ValueError: If one is not in ``TRANSFORMATIONS``, or none is given.
     """
     unknown = sorted(set(transformations) - set(TRANSFORMATIONS))
     if unknown or not transformations:
@@ -140,7 +140,7 @@ def equivariance_by_layer(
         dict[str, list[dict[str, float]]]: For each transformation, the scores of each layer.
 
     Raises:
-        ValueError: If there is no such transformation, no image or one that is not square, or a
+        ValueError: If a transformation is unknown, there is no image or one is not square, or a
             layer gives no map.
     """
     check_transformations(transformations)

@@ -24,7 +24,7 @@ class EquivarianceHook(Hook):
     Args:
         num_images (int): Images, at equal distances in the data set. Defaults to 64.
         split (str): Data set, a key of ``evaluation`` of the run's config. Defaults to 'val'.
-        interval (int): Epochs between two looks. Defaults to 1.
+        interval (int): Epochs between two scores. Defaults to 1.
         transformations (Sequence[str]): See ``ser_mm.evaluation.equivariance.TRANSFORMATIONS``.
             Defaults to ('mixture', ).
     """

@@ -69,7 +69,7 @@ def linear_probe(
         float: Share of the validation features classified rightly, in [0, 1].
 
     Raises:
-        ValueError: If there is no such solver.
+        ValueError: If the solver is unknown.
     """
     if solver not in SOLVERS:
         raise ValueError(f'solver={solver!r}: choose one of {", ".join(SOLVERS)}.')

@@ -8,7 +8,7 @@ def accuracy(scores: Tensor, labels: Tensor, confidence: float = 0.95) -> dict:
 
     Args:
         scores (Tensor): Shape (N, K), larger for likelier classes. A class whose score is not
-            finite is no answer.
+            finite does not count as an answer.
         labels (Tensor): Shape (N,).
         confidence (float): Of the intervals. Defaults to 0.95.
 

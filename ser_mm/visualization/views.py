@@ -31,7 +31,7 @@ def draw_views(
 ) -> None:
     """Draw the views of some images of b1 and of b2, as training sees them.
 
-    The views of b2 bear the D4 element that moved them and their size in pixels after the resize.
+    The title of a view of b2 is the D4 element that moved it and its size after the resize.
 
     Args:
         views (Sequence[ViewBatch]): The two views of a batch.
