@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv, or brings it up to date, from requirements.txt. A current one costs no time.
+# Makes .venv, or brings it up to date; what is current costs no time.
+#
+#   tools/setup_env.sh               to pretrain and evaluate; needs no compiler
+#   tools/setup_env.sh --operators   also to detect: compiles mmcv's operators (8 minutes on 2 cores)
+#   tools/setup_env.sh --dev         also to check, test and document; goes with --operators
+#
+# pyproject.toml says what is installed, requirements.txt which release.
 #
 # Variables: PYTHON    interpreter a new .venv is made with (default: python3)
 #            MAX_JOBS  parallel compiler processes          (default: all cores)
@@ -7,20 +13,46 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly PYTHON=${PYTHON:-python3} VENV=.venv STEPS=5
-readonly python=$VENV/bin/python stamp=$VENV/ser_mm.stamp
+readonly PYTHON=${PYTHON:-python3} VENV=.venv
+readonly python=$VENV/bin/python
 export MAX_JOBS=${MAX_JOBS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 fail() { echo "setup_env: $*" >&2; exit 1; }
-step() { echo "[$1/$STEPS] $2"; }
-pip() { "$python" -m pip install -qq "$@"; }
-# The lines of requirements.txt for these packages.
-pins() { for name; do grep -E "^$name[=<>]" requirements.txt || echo "$name"; done; }
+say() { echo "[$stage] $*"; }
+# The release of a package in requirements.txt.
+release() { sed -n "s/^$1==\([^; ]*\).*/\1/p" requirements.txt | head -n 1; }
 
 # A virtual environment holds absolute paths, so a moved checkout is a stale one.
 fingerprint() {
-  { cat requirements.txt tools/setup_env.sh; "$1" -VV; pwd; echo "${FORCE_CUDA:-0}"; } | cksum
+  {
+    cat requirements.txt pyproject.toml setup.py tools/setup_env.sh
+    "$python" -VV
+    pwd
+    [[ $stage != operators ]] || echo "${FORCE_CUDA:-0}"
+  } | cksum
+}
+
+current() {
+  local stamp=$VENV/ser_mm.$stage.stamp
+  [[ -x $python && -f $stamp ]] && [[ $(<"$stamp") == "$(fingerprint)" ]]
+}
+
+pip_install() { "$python" -m pip install -qq --no-compile -c requirements.txt "$@"; }
+
+# uv takes half the time of pip, but reads none of pip's settings: where pip is told to look
+# elsewhere, or uv fails, pip does it.
+install() {
+  if [[ -x $VENV/bin/uv ]] && uv_fits; then
+    "$VENV/bin/uv" pip install -q --python "$python" -c requirements.txt "$@" && return
+    say 'uv failed (see above); pip tries'
+  fi
+  pip_install "$@"
+}
+uv_fits() {
+  local other='index-url|no-index|proxy|trusted-host|client-cert'
+  [[ -n ${SSL_CERT_FILE:-} ]] || other+='|cert'
+  ! "$python" -m pip config list | grep -qE "\.($other)="
 }
 
 # imaug, which mmdet needs, and numpy 2.2 have no common release for 3.14.
@@ -32,7 +64,7 @@ python_fits() {
 # (libGL) only the headless one loads.
 cv2_without_display() {
   "$python" -c 'import cv2' 2>/dev/null ||
-    pip --force-reinstall --no-deps $(pins opencv-python-headless)
+    install --force-reinstall --no-deps opencv-python-headless
 }
 
 # The ops fit this torch and, where a GPU can be compiled for, have its kernels.
@@ -71,70 +103,114 @@ try:
 except (OSError, AttributeError):
     found = 'none'
 if found != wanted:
-    print(f'      torch is built with CUDA {wanted}, nvcc here is of CUDA {found}: mmcv gets CPU '
+    print(f'torch is built with CUDA {wanted}, nvcc here is of CUDA {found}: mmcv gets CPU '
           'operators only (enough to pretrain and probe; detection on a GPU needs the others)')
     sys.exit(1)
 PY
 }
 
-if [[ -x $python && -f $stamp ]] && [[ $(<"$stamp") == "$(fingerprint "$python")" ]]; then
-  exit 0
-fi
+base() {
+  if ! python_fits "$python"; then
+    python_fits "$PYTHON" ||
+      fail "Python 3.10, 3.11, 3.12 or 3.13 is needed; name one with PYTHON=/path/to/python."
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+      fail "$PYTHON cannot make virtual environments; install its venv package (python3-venv)."
+    say "making $VENV (seconds)"
+    "$PYTHON" -m venv --clear "$VENV"
+  else
+    say "updating $VENV"
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null
+  fi
+  # This setuptools: newer ones do not build extensions with this torch, the one of venv is too old
+  # for onedl-mmcv's pyproject.toml.
+  pip_install setuptools wheel packaging
+  ! uv_fits || pip_install --only-binary uv uv || true
 
-# Everything the long steps need is checked before they start.
-if ! python_fits "$python"; then
-  python_fits "$PYTHON" ||
-    fail "Python 3.10, 3.11, 3.12 or 3.13 is needed; name one with PYTHON=/path/to/python."
-  "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
-    fail "$PYTHON cannot make virtual environments; install its venv package (python3-venv)."
-  step 1 "making $VENV (seconds)"
-  "$PYTHON" -m venv --clear "$VENV"
-else
-  step 1 "updating $VENV"
-  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null
-  rm -f "$stamp"
-fi
-command -v "${CXX:-c++}" >/dev/null ||
-  fail "a C++ compiler is needed to build mmcv's operators; install g++ or name one with CXX."
-"$python" -c 'import os, sys, sysconfig
+  # Pure Python, because build isolation hides torch. pip knows a wheel it has kept by name and
+  # release only, so one with operators could come back from its cache; uv the same.
+  if [[ $("$python" -m pip list --format=freeze) != *"onedl-mmcv==$(release onedl-mmcv)"* ]]; then
+    say "mmcv without its compiled operators (seconds)"
+    install --no-cache-dir --no-deps --force-reinstall onedl-mmcv
+  fi
+  say "torch, OpenMMLab and the rest (some 3 GB to download when new: a minute or more)"
+  install --no-build-isolation -e '.[openmmlab,robustness]'
+  cv2_without_display
+  "$python" -W ignore -c 'import mmpretrain' >/dev/null ||
+    fail "the installed packages do not import (see above)."
+}
+
+dev() {
+  say "checks, tests and documentation (seconds)"
+  install --no-build-isolation -e '.[openmmlab,robustness,dev,docs]'
+  cv2_without_display
+}
+
+# Operators compiled earlier, for the CPU: they fit a release of torch and of Python.
+kept=${XDG_CACHE_HOME:-$HOME/.cache}/ser_mm/torch-$(release torch)
+kept_wheel() {
+  local tag
+  tag=$("$([[ -x $python ]] && echo "$python" || echo "$PYTHON")" -c \
+    'import sys; print("cp%d%d" % sys.version_info[:2])')
+  compgen -G "$kept/onedl_mmcv-$(release onedl-mmcv)-$tag-$tag-*$(uname -m).whl" | head -n 1
+}
+
+# Whatever the compilation needs is checked before anything is installed.
+check_compiler() {
+  compgen -G "$VENV/lib/python*/site-packages/mmcv/_ext*" >/dev/null && return
+  [[ -z $(kept_wheel) ]] || return 0
+  command -v "${CXX:-c++}" >/dev/null ||
+    fail "a C++ compiler is needed to build mmcv's operators; install g++ or name one with CXX."
+  "$([[ -x $python ]] && echo "$python" || echo "$PYTHON")" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-  fail "Python's headers are needed to build mmcv's operators; install python3-dev."
+    fail "Python's headers are needed to build mmcv's operators; install python3-dev."
+}
 
-step 2 "torch, torchvision and numpy (some 3 GB to download when new: minutes)"
-pip $(pins torch torchvision numpy)
+operators() {
+  local cuda=0 reason wheel built=$VENV/wheels
+  if can_compile_cuda; then cuda=1; fi
+  if ops_work $cuda 2>/dev/null; then
+    say "mmcv's compiled operators are here already"
+  elif wheel=$(kept_wheel) && [[ -n $wheel ]] && ((!cuda)) &&
+    pip_install --no-deps --force-reinstall "$wheel" && ops_work 2>/dev/null; then
+    say "mmcv's compiled operators, as kept in $kept"
+  else
+    say "compiling mmcv's operators, $MAX_JOBS at a time (8 minutes on two cores; more for CUDA)"
+    install ninja
+    # mmcv compiles for CUDA whenever it sees a GPU; hide it where that cannot succeed. Build
+    # isolation would hide torch, and then mmcv builds without its operators and says nothing.
+    rm -rf "$built"
+    (
+      ((cuda)) || export CUDA_VISIBLE_DEVICES=
+      "$python" -m pip wheel -qq -c requirements.txt -w "$built" \
+        --no-deps --no-build-isolation --no-cache-dir --no-binary onedl-mmcv onedl-mmcv
+    )
+    pip_install --no-deps --force-reinstall "$built"/onedl_mmcv-*.whl
+    reason=$(ops_work $cuda 2>&1) || fail "mmcv's operators do not load: ${reason##*$'\n'}"
+    # Those for CUDA fit one kind of GPU: not kept.
+    ((cuda)) || { mkdir -p "$kept" && cp "$built"/onedl_mmcv-*.whl "$kept"; } || true
+    rm -rf "$built"
+  fi
+  say "MMDetection (seconds)"
+  install --no-build-isolation -e '.[openmmlab,robustness,detection]'
+  cv2_without_display
+}
 
-# Exactly this setuptools: onedl-mmcv's pyproject.toml is more than the one that comes with venv
-# can read, and torch does not build extensions with those after it.
-step 3 "build tools (seconds)"
-pip $(pins setuptools packaging wheel ninja)
+stages=base
+for argument; do
+  case $argument in
+    --operators | --dev) stages+=" ${argument#--}" ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  esac
+done
 
-mmcv=$(pins onedl-mmcv)
-installed=$("$python" -m pip list --format=freeze | grep '^onedl-mmcv==' || true)
-cuda=0
-if can_compile_cuda; then cuda=1; fi
-if [[ $installed == "$mmcv" ]] && ops_work $cuda 2>/dev/null; then
-  step 4 "mmcv and its compiled operators: here already"
-else
-  step 4 "compiling mmcv's operators, $MAX_JOBS at a time (8 minutes on two cores; more for CUDA)"
-  # mmcv compiles for CUDA whenever it sees a GPU; hide it where that cannot succeed. Build
-  # isolation hides torch, and then mmcv builds without its operators and says nothing.
-  build() (
-    ((cuda)) || export CUDA_VISIBLE_DEVICES=
-    MMCV_WITH_OPS=1 pip --no-build-isolation "$@" "$mmcv" $(pins onedl-mmengine opencv-python)
-    cv2_without_display
-  )
-  build
-  # What pip kept from an earlier build may have no operators, or those of another torch.
-  ops_work $cuda 2>/dev/null || build --no-cache-dir --no-deps --force-reinstall
-  reason=$(ops_work $cuda 2>&1) || fail "mmcv's operators do not load: ${reason##*$'\n'}"
-fi
-
-step 5 "OpenMMLab packages, evaluation and development tools, ser_mm itself (minutes when new)"
-pip -r requirements.txt
-cv2_without_display
-pip --no-deps --no-build-isolation -e .
-"$python" -c 'import mmdet, mmpretrain' >/dev/null ||
-  fail "the installed packages do not import (see above)."
-
-fingerprint "$python" >"$stamp"
-echo "$VENV is ready."
+for stage in $stages; do
+  [[ $stage != operators ]] || current || check_compiler
+done
+for stage in $stages; do
+  if ! current; then
+    rm -f "$VENV/ser_mm.$stage.stamp"
+    $stage
+    fingerprint >"$VENV/ser_mm.$stage.stamp"
+    echo "$VENV is ready${stage:+ ($stage)}."
+  fi
+done

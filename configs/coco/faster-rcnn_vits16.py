@@ -1,5 +1,5 @@
 # Faster R-CNN, 1x, on a frozen ViT-S/16; its weights: model.backbone.init_cfg.checkpoint.
-_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '_base_/frozen_vits16.py']
+_base_ = ['_base_/frozen_vits16.py', 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py']
 
 model = dict(
     backbone=dict(_delete_=True, **_base_.backbone),

@@ -12,13 +12,13 @@ from mmengine.runner import Runner
 
 from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
 from ser_mm.engine.checks import check_coco, check_data
-from ser_mm.engine.configs import find_config
 from ser_mm.engine.cpu import (
     adapt_to_device,
     close_process_group,
     get_local_rank,
     init_cpu_process_group,
 )
+from ser_mm.engine.operators import read_config
 
 # Fields of the visualization hook, the merge of flipped images, and the dump of predictions.
 MMPRETRAIN = dict(
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _test(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     with one_sentence():
-        cfg = Config.fromfile(find_config(args.config))
+        cfg = read_config(args.config)
         names = merge_args(cfg, args)
         # One process per machine looks and speaks; the launcher then ends the others.
         if get_local_rank(cfg.launcher) == 0:

@@ -11,13 +11,13 @@ from mmengine.runner import Runner
 
 from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
 from ser_mm.engine.checks import DATALOADERS, check_coco, check_data
-from ser_mm.engine.configs import find_config
 from ser_mm.engine.cpu import (
     adapt_to_device,
     close_process_group,
     get_local_rank,
     init_cpu_process_group,
 )
+from ser_mm.engine.operators import read_config
 from ser_mm.engine.schedules import follow_max_epochs
 
 INTERRUPTED = 'Interrupted; the same command with --resume goes on from the last checkpoint.'
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     with one_sentence(interrupted=INTERRUPTED):
-        cfg = Config.fromfile(find_config(args.config))
+        cfg = read_config(args.config)
         merge_args(cfg, args)
         follow_max_epochs(cfg)
         # One process per machine looks and speaks; the launcher then ends the others, which wait

@@ -13,6 +13,7 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from ser_mm.datasets import write_bundled_digits
+from ser_mm.engine.operators import require_operators
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table, write_text
 from ser_mm.experiments.demo import ARMS, CONFIGS
 from ser_mm.experiments.runs import finished, train
@@ -158,9 +159,11 @@ def run_detection(
 
     Raises:
         FileNotFoundError: If a run of the demo is missing.
+        ImportError: If MMDetection cannot run: see :func:`require_operators`.
         RunError: If a run fails.
         ValueError: If a folder holds a run with other settings.
     """
+    require_operators('The detection demo')
     start = time.monotonic()
     backbones = {
         seed: {arm: pretrained_backbone(pretrained, algorithm, arm, seed) for arm in ARMS}

@@ -1,6 +1,6 @@
 # What a frozen ResNet-50 changes in a detector of MMDetection. For other weights than SER's:
 # --cfg-options model.backbone.init_cfg.checkpoint=PATH
-custom_imports = dict(imports=['ser_mm'])
+_base_ = ['mmdetection.py']
 
 backbone = dict(
     type='mmpretrain.SERResNet',

@@ -2,7 +2,7 @@
 # last map (ViTDet, arXiv 2203.16527), and the optimizer. For other weights than SER's:
 # --cfg-options model.backbone.init_cfg.checkpoint=PATH, with model.backbone.cls_layer=0 for those
 # of a network that has [CLS] from its input, as the baselines have.
-custom_imports = dict(imports=['ser_mm'])
+_base_ = ['mmdetection.py']
 
 backbone = dict(
     type='mmpretrain.SERVisionTransformer',

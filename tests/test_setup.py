@@ -1,0 +1,84 @@
+"""What the repository declares agrees with what it holds."""
+
+import ast
+import importlib.metadata
+import sys
+from collections import Counter
+
+import mmpretrain
+import pytest
+from mmpretrain.apis.model import ModelHub
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ser_mm.engine.operators import read_config, require_operators
+from tests.support.paths import ROOT
+
+
+def declared():
+    return [Requirement(line) for line in importlib.metadata.requires('ser_mm')]
+
+
+def imports(folder):
+    """Top-level names that the sources import, at the top or inside of functions."""
+    for path in (ROOT / folder).rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split('.')[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                yield node.module.split('.')[0]
+
+
+def test_every_import_is_declared():
+    providers = importlib.metadata.packages_distributions()
+    names = {canonicalize_name(requirement.name) for requirement in declared()}
+    for name in set(imports('ser_mm')) - sys.stdlib_module_names - {'ser_mm'}:
+        assert names & set(map(canonicalize_name, providers[name])), name
+
+
+def test_pinned_releases_are_within_what_is_declared():
+    lines = (line.partition('#')[0].strip() for line in (ROOT / 'requirements.txt').open())
+    pins = [Requirement(line) for line in lines if line]
+    declarations = {canonicalize_name(requirement.name): requirement for requirement in declared()}
+    for pin in pins:
+        wanted = declarations.get(canonicalize_name(pin.name))
+        for release in pin.specifier if wanted else ():
+            assert wanted.specifier.contains(release.version), (str(pin), str(wanted))
+
+
+def test_names_of_configs_are_unique():
+    """Those who give a name alone, as mim takes it, get one file."""
+    names = Counter(path.name for path in (ROOT / 'configs').rglob('*.py'))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_pretraining_configs_are_models_of_mmpretrain():
+    configs = {path.stem: str(path) for path in (ROOT / 'configs').glob('*.py')}
+    ours = {
+        name: model.config
+        for name, model in ModelHub._models_dict.items()
+        if str(model.config).startswith(str(ROOT))
+    }
+    assert ours == configs
+    assert set(configs) <= set(mmpretrain.list_models())
+
+
+def test_operators_are_looked_for_first(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', None)  # ends its import
+    with pytest.raises(ImportError, match='the thing needs .* not installed: run `make env-oper'):
+        require_operators('the thing')
+    for name in ('retinanet_r50', 'demo/detection'):
+        with pytest.raises(ImportError, match='Detection needs .*make env-operators'):
+            read_config(name)
+    of_a_user = tmp_path / 'of_a_user.py'
+    of_a_user.write_text("_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']")
+    with pytest.raises(ImportError, match='of_a_user.py needs .*make env-operators'):
+        read_config(of_a_user)
+    assert read_config('ser_mocov3').model.type == 'SERAlgorithm'
+
+
+def test_detection_without_mmdet_is_told_where_it_is(monkeypatch):
+    pytest.importorskip('mmcv._ext')
+    monkeypatch.setitem(sys.modules, 'mmdet', None)
+    with pytest.raises(ImportError, match='needs MMDetection.*pip install onedl-mmdetection'):
+        require_operators('the thing')
