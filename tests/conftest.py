@@ -1,3 +1,5 @@
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,18 @@ from PIL import Image
 
 @pytest.fixture(autouse=True, scope='session')
 def quiet():
-    """No log line per initialized parameter, and one thread, the fastest for tiny tensors."""
+    """No log line per initialized parameter, and one thread, the fastest for tiny tensors.
+
+    ``OMP_NUM_THREADS`` asks for more.
+    """
     MMLogger.get_current_instance().setLevel('WARNING')
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 
 @pytest.fixture(autouse=True)
-def as_if_no_runner_had_been():
-    """Take back what the Runner of an earlier test has left: its scope and its epoch."""
+def as_if_no_test_had_been():
+    """Take back what an earlier test has left: random states, a Runner's scope and its epoch."""
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
     init_default_scope('mmpretrain')
     MessageHub.get_current_instance().runtime_info.pop('epoch', None)
 

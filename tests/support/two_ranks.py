@@ -20,7 +20,7 @@ def on_two_ranks(function: Callable, *args) -> list:
 
 
 def _run(rank: int, function: Callable, args: tuple, folder: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     os.environ['LOCAL_RANK'] = str(rank)
     dist.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
     result = function(rank, *args)
