@@ -1,14 +1,18 @@
 """Loading pretrained weights strictly, and without trusting the file."""
 
 import io
+import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import mmengine.fileio
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 
@@ -31,6 +35,10 @@ _MMENGINE_GLOBALS = [
     np.float64(0).__reduce__()[0],
 ]
 
+# torch's own switch: it reads data only, whatever a caller asks for.
+_DATA_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+_trusted = False
+
 # What a ViT's parts are called by timm, and by DeiT, DINO and MoCo v3 with it, and by MMPretrain.
 _TIMM_NAMES = [
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
@@ -41,6 +49,82 @@ _TIMM_NAMES = [
     (r'^norm\.', 'ln1.'),
 ]
 _CLASSIFIERS = ('head.', 'fc.')
+
+
+def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
+    """Read what ``torch.save`` wrote, without running code from the file.
+
+    Args:
+        checkpoint (str): Path or URL.
+        map_location (Any): As for ``torch.load``. Defaults to 'cpu'.
+
+    Returns:
+        Any: The content: tensors, plain data and, from MMEngine, the history of logged values.
+
+    Raises:
+        pickle.UnpicklingError: If the file holds anything else.
+        ValueError: If it is not a checkpoint, or a damaged one.
+    """
+    data = mmengine.fileio.get(checkpoint)
+    try:
+        with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
+            return torch.load(
+                io.BytesIO(data), map_location=map_location, weights_only=not _trusted
+            )
+    except ImportError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(
+            f'{checkpoint} holds more than data, and reading it could run code from it; if you '
+            'made it yourself, or trust who did, add --trust-checkpoint to the command. '
+            f'{" ".join(str(error).split())}'
+        ) from error
+    except Exception as error:  # of many types, by where the file breaks off
+        raise _damaged(checkpoint, data, error) from error
+
+
+def _damaged(checkpoint: str, data: bytes, error: Exception) -> ValueError:
+    return ValueError(
+        f'{checkpoint} ({len(data)} bytes) cannot be read as a checkpoint, '
+        f'{type(error).__name__}: {error}; copy or write it again.'
+    )
+
+
+@contextmanager
+def guarded_checkpoints(trust: bool = False) -> Iterator[None]:
+    """Let no checkpoint run code in this process, nor in those that it starts meanwhile.
+
+    MMEngine reads a file that holds more than data a second time, with ``weights_only=False``.
+    Within this context whatever it, MMPretrain or MMDetection load, to resume, for ``load_from``,
+    ``init_cfg`` or ``pretrained``, is read by :func:`read_checkpoint`, and any other
+    ``torch.load`` reads data only.
+
+    Args:
+        trust (bool): Leave everything as it is, and let :func:`read_checkpoint` run what a file
+            holds. Defaults to False.
+
+    Yields:
+        None: Once.
+    """
+    global _trusted
+    before = os.environ.get(_DATA_ONLY), dict(CheckpointLoader._schemes), _trusted
+    _trusted = trust
+    if not trust:
+        os.environ[_DATA_ONLY] = '1'
+        CheckpointLoader.register_scheme('', loader=load_from_local, force=True)
+    try:
+        with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
+            yield
+    finally:
+        value, CheckpointLoader._schemes, _trusted = before
+        os.environ.pop(_DATA_ONLY, None)
+        if value is not None:
+            os.environ[_DATA_ONLY] = value
+
+
+def load_from_local(filename: str, map_location: Any) -> Any:
+    """What MMEngine reads files by in :func:`guarded_checkpoints`; it shows the name in its log."""
+    return read_checkpoint(os.path.expanduser(filename), map_location)
 
 
 def read_weights(checkpoint: str) -> dict[str, Tensor]:
@@ -58,21 +142,15 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
         pickle.UnpicklingError: If the file holds anything but tensors and plain data.
         ValueError: If it is not a checkpoint, or a damaged one.
     """
-    data = mmengine.fileio.get(checkpoint)
-    try:
-        if str(checkpoint).endswith('.safetensors'):
-            import safetensors.torch
+    if str(checkpoint).endswith('.safetensors'):
+        import safetensors.torch
 
+        data = mmengine.fileio.get(checkpoint)
+        try:
             return safetensors.torch.load(data)
-        with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
-            content = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-    except (ImportError, pickle.UnpicklingError):
-        raise
-    except Exception as error:  # of many types, by where the file breaks off
-        raise ValueError(
-            f'{checkpoint} ({len(data)} bytes) cannot be read as a checkpoint, '
-            f'{type(error).__name__}: {error}; copy or write it again.'
-        ) from error
+        except Exception as error:  # of several types, by where the file breaks off
+            raise _damaged(checkpoint, data, error) from error
+    content = read_checkpoint(checkpoint)
     if not isinstance(content, dict):
         raise ValueError(
             f'{checkpoint} holds a {type(content).__name__}, not weights by name; name a state '

@@ -14,6 +14,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.utils.dl_utils import set_multi_processing
 
+from ser_mm.checkpoint import guarded_checkpoints
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.cpu import get_local_rank, init_cpu_process_group
 from ser_mm.evaluation.data import check_evaluation
@@ -81,6 +82,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         '--work-dir',
         help='folder of logs and results (default: work_dir of the config, or else work_dirs/ and '
         'the name of the config)',
+    )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read checkpoints that hold more than data, and run the code that they ask for',
     )
     add_cfg_options(parser, 'override fields of the config; lists as KEY="[a,b]" or KEY=a,b')
     add_launcher(parser)
@@ -196,21 +202,25 @@ def load_config(
 
 @contextmanager
 def one_sentence(
-    errors: tuple[type[Exception], ...] = EXPECTED, interrupted: str = 'Interrupted.'
+    errors: tuple[type[Exception], ...] = EXPECTED,
+    interrupted: str = 'Interrupted.',
+    trust: bool = False,
 ) -> Iterator[None]:
-    """End the process with one sentence and exit status 1, not with a traceback.
+    """Run a command: no checkpoint runs code, and an error is one sentence and exit status 1.
 
     Serves as a decorator too.
 
     Args:
         errors (tuple[type[Exception], ...]): Errors that their message explains.
         interrupted (str): What to say when the user interrupts.
+        trust (bool): See :func:`~ser_mm.checkpoint.guarded_checkpoints`. Defaults to False.
 
     Raises:
         SystemExit: In place of one of these errors.
     """
     try:
-        yield
+        with guarded_checkpoints(trust):
+            yield
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except errors as error:

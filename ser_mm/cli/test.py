@@ -74,7 +74,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
     cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
-    if not cfg.get('test_dataloader'):
+    if not (cfg.get('test_dataloader') and cfg.get('test_evaluator')):
         raise ValueError(
             f'{args.config} has no test_dataloader; name the config of a classifier or a detector, '
             'or evaluate a self-supervised network with the command probe.'
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _test(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    with one_sentence():
+    with one_sentence(trust=args.trust_checkpoint):
         cfg = read_config(args.config)
         names = merge_args(cfg, args)
         # One process per machine looks and speaks; the launcher then ends the others.
@@ -140,7 +140,7 @@ def _test(args: argparse.Namespace) -> None:
         dump = METRICS.build(dict(type=names['dump'], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
     # What fails from here on is as likely an error of the code, which needs its traceback.
-    with one_sentence(()):
+    with one_sentence((), trust=args.trust_checkpoint):
         runner.test()
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    with one_sentence(interrupted=INTERRUPTED):
+    with one_sentence(interrupted=INTERRUPTED, trust=args.trust_checkpoint):
         cfg = read_config(args.config)
         merge_args(cfg, args)
         follow_max_epochs(cfg)
@@ -129,7 +130,7 @@ def _train(args: argparse.Namespace) -> None:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.train_loop  # noqa: B018  builds the data set and the views, and what is wrong shows
     # What fails from here on is as likely an error of the code, which needs its traceback.
-    with one_sentence((FloatingPointError,), INTERRUPTED):
+    with one_sentence((FloatingPointError, UnpicklingError), INTERRUPTED, args.trust_checkpoint):
         runner.train()
 
 

@@ -1,0 +1,148 @@
+"""No entry point runs code from a checkpoint: each way to hand one in, with a file that would."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from ser_mm.cli import main as command_line
+from tests.support.paths import ROOT
+
+DEMO = 'demo/ser_mocov3'
+TINY = [
+    'train_cfg.max_epochs=1',
+    'train_dataloader.batch_size=8',
+    'train_dataloader.dataset.train_per_picture=2',
+    'train_dataloader.dataset.val_per_picture=2',
+    'evaluation.train.train_per_picture=2',
+    'evaluation.train.val_per_picture=2',
+    'evaluation.val.train_per_picture=2',
+    'evaluation.val.val_per_picture=2',
+]
+
+
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A folder to work in, with a checkpoint that makes another folder when code in it runs."""
+    monkeypatch.chdir(tmp_path)
+    weights = dict(state_dict={'backbone.cls_token': torch.zeros(1)}, meta=dict(epoch=1, iter=1))
+    torch.save(dict(weights, extra=Harm(tmp_path / 'harm')), tmp_path / 'bad.pth')
+    return tmp_path / 'bad.pth'
+
+
+def train(*arguments, options=()):
+    return ['train', DEMO, '--work-dir', 'run', *arguments, '--cfg-options', *TINY, *options]
+
+
+def plant_run(path, folder='run'):
+    """A folder of a run whose newest checkpoint is the planted one."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path.rename(Path(folder, 'epoch_1.pth'))
+    Path(folder, 'last_checkpoint').write_text(str(Path(folder, 'epoch_1.pth').resolve()))
+
+
+def plant_demo(path):
+    """Runs of the demo that are finished, as it seems."""
+    for arm in ('baseline', 'views_only', 'SER'):
+        folder = Path(f'pretrained/mocov3/seed0/{arm}')
+        name = 'mocov3' if arm == 'baseline' else 'ser_mocov3'
+        cfg = Config.fromfile(ROOT / f'configs/demo/{name}.py')
+        cfg.train_cfg.max_epochs = 1
+        folder.mkdir(parents=True)
+        folder.with_suffix('.py').write_text(cfg.pretty_text)
+        (folder / 'epoch_1.pth').write_bytes(path.read_bytes())
+        (folder / 'last_checkpoint').write_text(str((folder / 'epoch_1.pth').resolve()))
+
+
+def backbone_option(place):
+    return [f'{place}.init_cfg.type=Pretrained', f'{place}.init_cfg.checkpoint=bad.pth']
+
+
+# Entry points by name: what is laid out, and the command line.
+ENTRIES = {
+    'train --resume FILE': (None, train('--resume', 'bad.pth')),
+    'train --resume': (plant_run, train('--resume')),
+    'load_from': (None, train(options=['load_from=bad.pth'])),
+    'init_cfg of the backbone': (
+        None,
+        train(options=backbone_option('model.algorithm.backbone')),
+    ),
+    'init_cfg of the algorithm': (None, train(options=backbone_option('model.algorithm'))),
+    'pretrained of the algorithm': (None, train(options=['model.algorithm.pretrained=bad.pth'])),
+    'init_cfg of SERNeck': (None, train(options=backbone_option('model.neck'))),
+    'init_cfg of SERAlgorithm': (None, train(options=backbone_option('model'))),
+    'test': (
+        None,
+        ['test', 'mmpretrain', 'bad.pth'],  # its config is written below
+    ),
+    'probe': (None, ['probe', DEMO, 'bad.pth', '--cfg-options', *TINY]),
+    'robustness': (None, ['robustness', DEMO, 'bad.pth', '--cfg-options', *TINY]),
+    'equivariance': (None, ['equivariance', 'configs/demo/ser_mocov3.py', 'bad.pth']),
+    'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
+    'demo-detection': (plant_demo, ['demo-detection', '--pretrained', 'pretrained']),
+}
+SLOW = {'demo-detection'}
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in ENTRIES]
+)
+def test_code_in_a_checkpoint_does_not_run(name, planted, capsys):
+    layout, argv = ENTRIES[name]
+    if layout:
+        layout(planted)
+    if name == 'test':
+        Path('classifier.py').write_text(
+            "_base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py']\n"
+            "test_dataloader = dict(dataset=dict(_delete_=True, type='BundledPhotos', "
+            "train_per_picture=2, val_per_picture=2, pipeline=[dict(type='LoadImageFromFile'), "
+            "dict(type='PackInputs')]))\n"
+        )
+        argv = ['test', 'classifier.py', 'bad.pth']
+    with pytest.raises(SystemExit) as end:
+        command_line.main(argv)
+    assert not Path('harm').exists()
+    assert end.value.code not in (0, None)
+    message = str(end.value) + capsys.readouterr().out
+    assert 'holds more than data' in message and '.pth' in message and 'mkdir' in message
+
+
+def test_it_would_have_run(planted):
+    torch.load(planted, weights_only=False)
+    assert Path('harm').is_dir()
+
+
+def test_trust_is_a_way_round(planted):
+    """The folder appears; that the file is not a checkpoint of this run stops the command later."""
+    with pytest.raises((SystemExit, Exception)):
+        command_line.main(train('--resume', 'bad.pth', '--trust-checkpoint'))
+    assert Path('harm').is_dir()
+
+
+def test_every_command_is_in_the_table():
+    """A command that is added has to say how it takes checkpoints."""
+    named = {argv[0] for _, argv in ENTRIES.values()}
+    without_checkpoint = {'cost'}
+    through_train = {'ablate', 'demo'}  # their runs are `train --resume`
+    assert named | without_checkpoint | through_train == set(command_line.COMMANDS)
+
+
+def test_afterwards_everything_is_as_before(planted):
+    before = dict(os.environ)
+    with pytest.raises(SystemExit):
+        command_line.main(ENTRIES['train --resume FILE'][1])
+    assert dict(os.environ) == before | {'LOCAL_RANK': os.environ.get('LOCAL_RANK', '0')}
+    torch.load(planted, weights_only=False)
+    assert Path('harm').is_dir()
