@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
-from ser_mm.evaluation.command import make_table
 from step import ROOT, STEP_COLUMNS, add_step_arguments, prepare, report, step_cells
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ser_mm.evaluation.cost import TrainingStep, take_turns
+from ser_mm.evaluation.results import make_table
 
 
 class OnCPU(TorchFunctionMode):

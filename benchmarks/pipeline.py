@@ -24,9 +24,10 @@ from mmengine.dataset import default_collate
 from mmengine.device import get_device
 from mmpretrain.registry import MODELS, TRANSFORMS
 from PIL import Image
-from ser_mm.evaluation.command import make_table
 from sklearn.datasets import load_sample_images
 from step import ROOT, prepare, report
+
+from ser_mm.evaluation.results import make_table
 
 SIZE = 500, 375
 PIPELINES = {

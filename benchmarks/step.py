@@ -19,11 +19,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
-from ser_mm.evaluation.command import make_table
 from torch import Tensor, nn
 
 import ser_mm
 from ser_mm.evaluation.cost import TrainingStep, take_turns
+from ser_mm.evaluation.results import make_table
 from ser_mm.models import SERVisionTransformer
 from ser_mm.models.foreach_ema import use_foreach_update
 from ser_mm.views import ViewBatch
