@@ -7,6 +7,7 @@ from collections import Counter
 
 import mmpretrain
 import pytest
+import yaml
 from mmpretrain.apis.model import ModelHub
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -44,6 +45,13 @@ def test_pinned_releases_are_within_what_is_declared():
         wanted = declarations.get(canonicalize_name(pin.name))
         for release in pin.specifier if wanted else ():
             assert wanted.specifier.contains(release.version), (str(pin), str(wanted))
+
+
+def test_commits_are_formatted_by_the_pinned_ruff():
+    pins = (ROOT / 'requirements.txt').read_text().split()
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos'][0]['hooks']
+    needed = {package for hook in hooks for package in hook['additional_dependencies']}
+    assert {package for package in needed if package.startswith('ruff')} <= set(pins)
 
 
 def test_names_of_configs_are_unique():
