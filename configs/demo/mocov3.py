@@ -111,5 +111,5 @@ param_scheduler = [
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8)
 
-default_hooks = dict(logger=dict(interval=5), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=5), checkpoint=dict(max_keep_ckpts=2))
 log_processor = dict(window_size=10)

@@ -11,6 +11,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
+from ser_mm.engine.checkpointing import resume_newest
 from ser_mm.engine.checks import DATALOADERS, check_coco, check_data
 from ser_mm.engine.cpu import (
     adapt_to_device,
@@ -119,6 +120,8 @@ def _train(args: argparse.Namespace) -> None:
         cfg = read_config(args.config)
         merge_args(cfg, args)
         follow_max_epochs(cfg)
+        if cfg.get('resume') and not cfg.get('load_from'):
+            resume_newest(cfg)
         # One process per machine looks and speaks; the launcher then ends the others, which wait
         # for the process group.
         if get_local_rank(cfg.launcher) == 0:

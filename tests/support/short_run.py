@@ -43,7 +43,9 @@ class Record(Hook):
         self.states.append(copy.deepcopy(runner.model.state_dict()))
 
 
-def run(model, views, root, work_dir, epochs=2, resume_from=None, hooks=(), cfg=None):
+def run(
+    model, views, root, work_dir, epochs=2, resume_from=None, hooks=(), cfg=None, checkpoint=None
+):
     """Train on ``root``; returns the runner and the states that it went through."""
     record = Record()
     pipeline = [dict(type='LoadImageFromFile'), views, dict(type='PackInputs')]
@@ -63,6 +65,7 @@ def run(model, views, root, work_dir, epochs=2, resume_from=None, hooks=(), cfg=
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, end=4, by_epoch=False),
         default_scope='mmpretrain',
+        default_hooks=dict(checkpoint=checkpoint or dict(type='CheckpointHook', interval=1)),
         load_from=resume_from and str(resume_from),
         resume=resume_from is not None,
         custom_hooks=[dict(type='EpochSeedHook'), record, *hooks],

@@ -1,0 +1,181 @@
+"""Checkpoints survive kills at any moment, and the newest that can be read is found."""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend
+
+from ser_mm.checkpoint import read_checkpoint
+from ser_mm.engine.checkpointing import find_resumable, resume_newest
+from tests.support import short_run
+from tests.support.algorithms import ALGORITHMS
+
+EPOCHS = 4
+
+
+def in_process(function, *args) -> int:
+    """Exit code of a process that runs a function of this module; negative if it was killed."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['tests.engine.test_checkpointing'])
+    process = context.Process(target=_quiet, args=(function, *args))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _quiet(function, *args):
+    torch.set_num_threads(1)
+    try:
+        function(*args)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def train(root, folder, keep, resume=False):
+    cfg = Config(dict(work_dir=str(folder)))
+    if resume:
+        resume_newest(cfg)
+    short_run.run(
+        ALGORITHMS['simsiam'],
+        short_run.equivariant_views(0.5),
+        root,
+        folder,
+        epochs=EPOCHS,
+        resume_from=cfg.get('load_from'),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=keep),
+    )
+
+
+def train_and_die(root, folder, keep, moment):
+    """Killed before, in the middle of or after the ``moment``-th write, rename or remove."""
+    left = [moment]
+
+    def strike():
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    put, replace, unlink = LocalBackend.put, os.replace, os.unlink
+
+    def put_and_die(self, content, path):
+        strike()
+        Path(path).write_bytes(bytes(content)[: len(content) // 2])
+        strike()
+        put(self, content, path)
+
+    def replace_and_die(source, target):
+        strike()
+        replace(source, target)
+
+    def unlink_and_die(path, **kwargs):
+        strike()
+        unlink(path, **kwargs)
+
+    LocalBackend.put, os.replace, os.unlink = put_and_die, replace_and_die, unlink_and_die
+    train(root, folder, keep)
+
+
+def weights(folder):
+    return read_checkpoint(str(Path(folder, f'epoch_{EPOCHS}.pth')))['state_dict']
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(imagenet_tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    assert in_process(train, imagenet_tree, folder, 3) == 0
+    return weights(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('keep', [1, 2, 3])
+def test_a_kill_at_any_write_rename_or_remove_loses_nothing(
+    keep, imagenet_tree, uninterrupted, tmp_path
+):
+    kills = 0
+    # Keeping one is the hardest; with more, every third moment once there is one to remove.
+    for moment in range(40) if keep == 1 else range(8, 40, 3):
+        folder = tmp_path / f'moment{moment}'
+        code = in_process(train_and_die, imagenet_tree, folder, keep, moment)
+        if code == 0:
+            break  # it ended before
+        assert code == -signal.SIGKILL
+        kills += 1
+        complete = sorted(folder.glob('epoch_*.pth'))
+        for file in complete:
+            read_checkpoint(str(file))  # what has a final name is whole
+        newest = max((int(file.stem.removeprefix('epoch_')) for file in complete), default=0)
+        assert len(complete) >= min(keep, newest)
+        assert in_process(train, imagenet_tree, folder, keep, True) == 0
+        found = weights(folder)
+        assert all(torch.equal(found[name], value) for name, value in uninterrupted.items())
+        assert not list(folder.glob('*.part'))
+        shutil.rmtree(folder)
+    assert kills >= (15 if keep == 1 else 3)
+
+
+@pytest.fixture
+def run(imagenet_tree, tmp_path):
+    folder = tmp_path / 'run'
+    train(imagenet_tree, folder, 3)
+    assert sorted(x.name for x in folder.glob('*.pth')) == [f'epoch_{n}.pth' for n in (2, 3, 4)]
+    assert (folder / 'last_checkpoint').read_text() == str(folder / 'epoch_4.pth')
+    return folder
+
+
+def newest(folder):
+    found = find_resumable(Config(dict(work_dir=str(folder))))
+    return found and Path(found)
+
+
+def test_the_newest_readable_checkpoint_of_this_folder(run, tmp_path):
+    """Whatever the file says that MMEngine goes by."""
+    assert newest(run) == run / 'epoch_4.pth'
+    data = (run / 'epoch_4.pth').read_bytes()
+    for size in (0, 10, len(data) // 2, len(data) - 1):
+        (run / 'epoch_4.pth').write_bytes(data[:size])
+        assert newest(run) == run / 'epoch_3.pth'
+    (run / 'epoch_4.pth').write_bytes(data)
+    for content in ('', '/nowhere/epoch_9.pth'):
+        (run / 'last_checkpoint').write_text(content)
+        assert newest(run) == run / 'epoch_4.pth'
+    shutil.copytree(run, tmp_path / 'copied')
+    assert newest(tmp_path / 'copied') == tmp_path / 'copied/epoch_4.pth'
+    run.rename(tmp_path / 'moved')
+    assert newest(tmp_path / 'moved') == tmp_path / 'moved/epoch_4.pth'
+
+
+def test_what_cannot_be_resumed_from_is_passed_over(run):
+    torch.save(dict(state_dict={}), run / 'epoch_5.pth')  # weights alone
+    (run / 'best_epoch_7.pth').write_bytes(b'')
+    assert newest(run) == run / 'epoch_4.pth'
+    for file in run.glob('*.pth'):
+        file.unlink()
+    cfg = Config(dict(work_dir=str(run), resume=True))
+    resume_newest(cfg)
+    assert cfg.resume is False and cfg.load_from is None
+
+
+def test_epoch_10_is_after_epoch_9(run):
+    shutil.copy(run / 'epoch_4.pth', run / 'epoch_10.pth')
+    shutil.copy(run / 'epoch_3.pth', run / 'epoch_9.pth')
+    assert newest(run).name == 'epoch_10.pth'
+
+
+def test_code_in_the_newest_is_refused_and_not_passed_over(run):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(run / 'harm'),)
+
+    torch.save(dict(state_dict=Harm()), run / 'epoch_9.pth')
+    with pytest.raises(pickle.UnpicklingError, match='epoch_9.pth holds more than data'):
+        newest(run)
+    assert not (run / 'harm').exists()
