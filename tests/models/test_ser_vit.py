@@ -11,9 +11,10 @@ from torch import nn
 from ser_mm.models import SERVisionTransformer
 from tests.support import reference
 from tests.support.algorithms import BACKBONE, EMBED_DIMS, IMAGE, PATCH, two_views
+from tests.support.rounding import assert_far_above_rounding, rounding
 
 ARCH = {key: BACKBONE[key] for key in ('arch', 'img_size', 'patch_size')}
-# float64 rounding through up to twelve blocks, of values around 1.
+# Of float64, see test_tolerance_is_far_above_rounding.
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
@@ -41,6 +42,17 @@ def gradients(network, outputs):
     loss = sum((o * torch.linspace(-1, 2, o.numel()).view_as(o)).sum() for o in outputs)
     params = list(network.parameters())
     return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize('out_type', ['cls_token', 'avg_featmap'])
+def test_tolerance_is_far_above_rounding(out_type):
+    """Of outputs and gradients through twelve blocks, the most that are compared here."""
+    network = vit(arch=dict(ARCH['arch'], num_layers=12), ser_layer=3, out_type=out_type)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        outputs = network.to(dtype)(images(9, 24, 40).to(dtype))
+        results.append([*outputs, *gradients(network, outputs)])
+    assert_far_above_rounding(*results, **CLOSE)
 
 
 OPTIONS = {
@@ -90,7 +102,7 @@ def test_layer_depth_is_that_of_mmpretrain():
 
 @pytest.mark.parametrize('cls_layer', [0, 1, 3])
 @pytest.mark.parametrize('size', [(IMAGE, IMAGE), (24, 40)])
-def test_late_cls(cls_layer, size):
+def test_late_cls(cls_layer, size, float64_positions):
     """[CLS] enters, without a position, after the block asked for."""
     x = images(2, *size)
     network = vit(cls_layer=cls_layer, out_type='raw', out_indices=[0, 1, 2, 3]).eval()
@@ -188,7 +200,7 @@ def test_drop_path_draws_one_mask_per_image(packed):
 @pytest.mark.parametrize(
     'old, new', [(32, 48), (48, 32), (32, (24, 48)), (32, 32), ((32, 64), (32, 64))]
 )
-def test_positions_are_resized_on_load(cls_layer, old, new):
+def test_positions_are_resized_on_load(cls_layer, old, new, float64_positions):
     saved = vit(img_size=old, cls_layer=cls_layer)
     loaded = vit(img_size=new, cls_layer=cls_layer, seed=1)
     loaded.load_state_dict(saved.state_dict(), strict=True)
@@ -220,21 +232,26 @@ def test_copies(copied):
 
 
 def test_mixed_precision():
-    """bfloat16 keeps 8 bits: relative errors of 2^-8 an operation, some ten of them in a row."""
+    """bfloat16 rounds by 2^-9 at most, 0.001 in root mean square.
+
+    Eight updates of ten roundings each are off by sqrt(80) * 0.001 together where roundings are
+    independent, and in the norm of thousands of values there is little chance; twice that passes.
+    """
     network = vit(ser_layer=2).float()
     views = [two_views()[0] for _ in range(2)]
     (exact,) = network(views[0])
     with torch.autocast('cpu', torch.bfloat16):
         (output,) = network(views[1])
     assert output.isfinite().all()
-    torch.testing.assert_close(output.float(), exact, rtol=0, atol=0.04 * exact.abs().max().item())
-    assert not torch.equal(output.float(), exact)
+    assert 0 < (output.float() - exact).norm() < 0.02 * exact.norm()
     output.sum().backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.parametrize('mixed', [False, True])
 def test_checkpointing_saves_memory_and_changes_nothing_else(mixed):
+    """Not a bit, as the same operations run again on the same numbers."""
+
     def step(with_cp, depth=4):
         arch = dict(ARCH['arch'], num_layers=depth)
         network = vit(arch=arch, ser_layer=2, drop_path_rate=0.3, with_cp=with_cp).float().train()
@@ -259,9 +276,14 @@ def test_checkpointing_saves_memory_and_changes_nothing_else(mixed):
 
 @pytest.mark.slow
 def test_compiled():
-    """For two pairs of sizes. Positions are resized in float32, compiled by other operations."""
+    """For two pairs of sizes.
+
+    Positions are resized in float32, compiled by other operations: 0 stays 0, and gradients are
+    sums of some 20 products.
+    """
     torch._dynamo.reset()
     network = vit(ser_layer=2)
+    network.pos_embed.data.zero_()
     compiled = torch.compile(network, backend='aot_eager')
     for n2, grids in ((3, ((3, 5), (4, 4))), (2, ((5, 4), (4, 3)))):
         views = [two_views(4, n2, grids, dtype=torch.float64)[0] for _ in range(2)]
@@ -270,7 +292,10 @@ def test_compiled():
             outputs = *module(view), view.token_maps[network]
             results.append((*outputs, *gradients(network, outputs)))
         for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            close = CLOSE
+            if a.shape == network.pos_embed.shape:
+                close = dict(rtol=0, atol=rounding(20, 5 * b.abs().max().item(), torch.float32))
+            torch.testing.assert_close(a, b, **close)
 
 
 def test_initialization_is_that_of_moco_v3():
@@ -278,8 +303,8 @@ def test_initialization_is_that_of_moco_v3():
     network.init_weights()
     for layer in network.layers:
         for matrix in layer.attn.qkv.weight.chunk(3):  # q, k and v: fans 48 and 48, not 48 and 144
-            bound = (6 / (2 * EMBED_DIMS)) ** 0.5
-            assert 0.95 * bound < matrix.abs().max() <= bound
+            bound = (6 / (2 * EMBED_DIMS)) ** 0.5  # which float32 may round up
+            assert 0.95 * bound < matrix.abs().max() <= bound * (1 + 2**-23)
         assert not layer.attn.qkv.bias.any() and not layer.ffn.layers[1].bias.any()
     assert network.cls_token.std() < 2e-6
 
@@ -287,6 +312,7 @@ def test_initialization_is_that_of_moco_v3():
 def test_initialization_of_deit_and_dino():
     network = SERVisionTransformer(**ARCH, ser_layer=2, linear_init='trunc_normal')
     network.init_weights()
+    # The deviation of 2304 draws and more is known to 1.5 %, that of 48 to 10 %.
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
