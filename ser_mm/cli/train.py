@@ -74,9 +74,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
 
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume and args.resume != 'auto':
+        cfg.resume, cfg.load_from = True, args.resume
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -120,7 +119,7 @@ def _train(args: argparse.Namespace) -> None:
         cfg = read_config(args.config)
         merge_args(cfg, args)
         follow_max_epochs(cfg)
-        if cfg.get('resume') and not cfg.get('load_from'):
+        if args.resume == 'auto' or (cfg.get('resume') and not cfg.get('load_from')):
             resume_newest(cfg)
         # One process per machine looks and speaks; the launcher then ends the others, which wait
         # for the process group.

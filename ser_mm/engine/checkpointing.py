@@ -122,14 +122,17 @@ def resume_newest(cfg: Config) -> None:
     """Let a run go on from the newest readable checkpoint of its folder, or start if it has none.
 
     Args:
-        cfg (Config): Config of the run, with ``work_dir``; changed in place.
+        cfg (Config): Config of the run, with ``work_dir``; changed in place. Where there is no
+            checkpoint, the run starts from its ``load_from``, if it has one.
 
     Raises:
         pickle.UnpicklingError: See :func:`find_resumable`.
     """
-    cfg.load_from = find_resumable(cfg)
-    cfg.resume = cfg.load_from is not None
-    told = f'The run goes on from {cfg.load_from}.'
-    if not cfg.resume:
+    found = find_resumable(cfg)
+    cfg.resume = found is not None
+    if cfg.resume:
+        cfg.load_from = found
+        told = f'The run goes on from {found}.'
+    else:
         told = f'There is nothing to resume in {cfg.work_dir}; the run starts from the beginning.'
     print_log(told, logger='current')

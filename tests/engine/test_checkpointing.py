@@ -159,9 +159,9 @@ def test_what_cannot_be_resumed_from_is_passed_over(run):
     assert newest(run) == run / 'epoch_4.pth'
     for file in run.glob('*.pth'):
         file.unlink()
-    cfg = Config(dict(work_dir=str(run), resume=True))
+    cfg = Config(dict(work_dir=str(run), resume=True, load_from='pretrained.pth'))
     resume_newest(cfg)
-    assert cfg.resume is False and cfg.load_from is None
+    assert cfg.resume is False and cfg.load_from == 'pretrained.pth'
 
 
 def test_epoch_10_is_after_epoch_9(run):
