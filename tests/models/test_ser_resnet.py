@@ -9,8 +9,11 @@ from mmpretrain.registry import MODELS
 
 from ser_mm.views import ViewBatch
 from tests.support.algorithms import RESNET
+from tests.support.rounding import assert_far_above_rounding
 
 SMALL = dict(RESNET, norm_cfg=dict(type='BN'))
+# Of float64, see test_tolerance_is_far_above_rounding.
+CLOSE = dict(rtol=1e-9, atol=1e-9)
 
 
 def build(**options):
@@ -20,13 +23,22 @@ def build(**options):
     return network
 
 
-def view(n1=3, n2=2, size=(64, 96)):
+def view(n1=3, n2=2, size=(64, 96), dtype=torch.float32):
     rng = torch.Generator().manual_seed(0)
     return ViewBatch(
-        torch.randn(n1, 3, 64, 64, generator=rng),
-        torch.randn(n2, 3, *size, generator=rng),
+        torch.randn(n1, 3, 64, 64, generator=rng, dtype=dtype),
+        torch.randn(n2, 3, *size, generator=rng, dtype=dtype),
         torch.zeros(n2, dtype=torch.int64),
     )
+
+
+@pytest.mark.parametrize('options', [{}, dict(deep_stem=True), dict(depth=50, base_channels=4)])
+def test_tolerance_is_far_above_rounding(options):
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        network = build(out_indices=(0, 1, 2, 3), **options).to(dtype)
+        results.append(network(view(dtype=torch.float64).equi.to(dtype)))
+    assert_far_above_rounding(*results, **CLOSE)
 
 
 def test_images_run_as_in_resnet():
@@ -36,30 +48,30 @@ def test_images_run_as_in_resnet():
     plain.load_state_dict(network.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 48)
     for out, expected in zip(network(x), plain(x), strict=True):
-        assert torch.equal(out, expected)
+        assert torch.equal(out, expected)  # by the same operations in the same shapes
 
 
 @pytest.mark.parametrize('ser_layer', [1, 2, 3, 4])
 @pytest.mark.parametrize('options', [{}, dict(deep_stem=True), dict(depth=50, base_channels=4)])
 def test_map_of_every_stage_has_the_channels_and_stride_told(ser_layer, options):
-    network = build(ser_layer=ser_layer, **options)
-    x = view()
+    network = build(ser_layer=ser_layer, **options).double()
+    x = view(dtype=torch.float64)
     network(x)
     stride = network.token_map_stride
     assert stride == 4 * 2 ** (ser_layer - 1)
     token_map = x.token_maps[network]
     assert token_map.shape == (2, network.token_map_channels, 64 // stride, 96 // stride)
-    stages = build(ser_layer=ser_layer, out_indices=(0, 1, 2, 3), **options)
-    torch.testing.assert_close(token_map, stages(x.equi)[ser_layer - 1])
+    stages = build(ser_layer=ser_layer, out_indices=(0, 1, 2, 3), **options).double()
+    torch.testing.assert_close(token_map, stages(x.equi)[ser_layer - 1], **CLOSE)
 
 
 def test_embeddings_are_those_of_two_passes():
-    network = build(out_indices=(1, 3))
-    x = view()
+    network = build(out_indices=(1, 3)).double()
+    x = view(dtype=torch.float64)
     outs = network(x)
     for out, base, equi in zip(outs, network(x.base), network(x.equi), strict=True):
         expected = torch.cat([base.mean(dim=(2, 3)), equi.mean(dim=(2, 3))])
-        torch.testing.assert_close(out, expected[..., None, None])
+        torch.testing.assert_close(out, expected[..., None, None], **CLOSE)
 
 
 @pytest.mark.parametrize('n1, n2', [(3, 0), (0, 2)])
@@ -84,19 +96,20 @@ def test_running_statistics_are_those_of_b1():
     network(x)
     alone(x.base)
     for mine, expected in zip(network.buffers(), alone.buffers(), strict=True):
-        assert torch.equal(mine, expected)
+        assert torch.equal(mine, expected)  # by the same operations in the same shapes
     network(x.equi)  # and images are as ever
     assert not torch.equal(network.bn1.running_mean, alone.bn1.running_mean)
 
 
 def test_frozen_stages_and_eval_mode_keep_their_statistics():
-    network = build(frozen_stages=4)
+    network = build(frozen_stages=4).double()
     before = {name: b.clone() for name, b in network.named_buffers()}
-    x = view()
+    x = view(dtype=torch.float64)
     (out,) = network(x)
     assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
     network.eval()
-    torch.testing.assert_close(out[:3], network(x.base)[0].mean((2, 3), keepdim=True))
+    expected = network(x.base)[0].mean((2, 3), keepdim=True)
+    torch.testing.assert_close(out[:3], expected, **CLOSE)
 
 
 def test_a_rank_without_b2_still_runs_its_pass():
