@@ -8,7 +8,11 @@ default_hooks = dict(
     checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
-custom_hooks = [dict(type='EpochSeedHook'), dict(type='NonFiniteLossHook', interval=50)]
+custom_hooks = [
+    dict(type='EpochSeedHook'),
+    dict(type='MomentumUpdateHook'),
+    dict(type='NonFiniteLossHook', interval=50),
+]
 
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -1,10 +1,17 @@
 from .checkpointing import AtomicCheckpointHook
-from .hooks import EpochSeedHook, FreezeLayerHook, NonFiniteLossHook, keep_worker_seed
+from .hooks import (
+    EpochSeedHook,
+    FreezeLayerHook,
+    MomentumUpdateHook,
+    NonFiniteLossHook,
+    keep_worker_seed,
+)
 
 __all__ = [
     'AtomicCheckpointHook',
     'EpochSeedHook',
     'FreezeLayerHook',
+    'MomentumUpdateHook',
     'NonFiniteLossHook',
     'keep_worker_seed',
 ]

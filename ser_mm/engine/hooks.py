@@ -8,6 +8,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import FUNCTIONS
 from mmengine.runner import Runner
+from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
 
 
@@ -42,6 +43,23 @@ def keep_worker_seed(worker_id: int) -> None:
     Args:
         worker_id (int): Number of the worker, unused.
     """
+
+
+@HOOKS.register_module()
+class MomentumUpdateHook(Hook):
+    """Move the momentum branch once per optimizer step, also where gradients are accumulated.
+
+    MMPretrain's algorithms move it in each forward pass. With ``accumulative_counts=k`` of the
+    optimizer wrapper, k passes make a step, and the branch would move k times towards the same
+    weights.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Tell the moving averages of the model how many passes make a step."""
+        count = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        for module in runner.model.modules():
+            if isinstance(module, CosineEMA) and module.interval == 1:
+                module.interval = count
 
 
 @HOOKS.register_module()
@@ -112,7 +130,11 @@ class NonFiniteLossHook(Hook):
         self._pending = []
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict = None, outputs: dict | None = None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
     ) -> None:
         """Collect the losses of an iteration, and look at those collected.
 
@@ -120,7 +142,7 @@ class NonFiniteLossHook(Hook):
             FloatingPointError: With the first iteration whose loss is not finite, and its terms.
         """
         # Detached, as a loss would keep the graph of its step alive.
-        terms = {name: value.detach() for name, value in outputs.items()}
+        terms = {name: value.detach() for name, value in (outputs or {}).items()}
         self._pending.append((runner.iter + 1, terms))
         if not (
             self.every_n_train_iters(runner, self.interval)

@@ -44,7 +44,16 @@ class Record(Hook):
 
 
 def run(
-    model, views, root, work_dir, epochs=2, resume_from=None, hooks=(), cfg=None, checkpoint=None
+    model,
+    views,
+    root,
+    work_dir,
+    epochs=2,
+    resume_from=None,
+    hooks=(),
+    cfg=None,
+    checkpoint=None,
+    optim=None,
 ):
     """Train on ``root``; returns the runner and the states that it went through."""
     record = Record()
@@ -62,7 +71,9 @@ def run(
             ),
         ),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1)),
+        optim_wrapper=dict(
+            optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1), **(optim or {})
+        ),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, end=4, by_epoch=False),
         default_scope='mmpretrain',
         default_hooks=dict(checkpoint=checkpoint or dict(type='CheckpointHook', interval=1)),
