@@ -1,21 +1,17 @@
 """What SER adds to a step, in counts that no machine changes."""
 
-import json
 import resource
-import subprocess
-import sys
 
 import pytest
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
+from benchmarks.step import use_two_passes
 from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, EMBED_DIMS, IMAGE, PATCH, build, two_views
 from tests.support.paths import ROOT
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 
 def config(model, views):
@@ -83,28 +79,7 @@ def test_counting_takes_no_memory():
 
 
 @pytest.mark.slow
-def test_tool_tells_that_ser_costs_at_most_3_in_1000(tmp_path):
-    tool = [sys.executable, ROOT / 'tools' / 'cost.py']
-    subprocess.run(
-        [*tool, ROOT / 'configs/ser_mocov3_vits16.py', '--out', tmp_path / 'cost.json'], check=True
-    )
-    result = json.loads((tmp_path / 'cost.json').read_text())
-    assert result['about']['batch_size'] == 256
-    assert result['about']['flops_ratio'] <= 1.003
-    rows = result['rows']
-    assert rows['config']['b2'] == 2.56
-    assert rows['config']['ratio_without_late_cls'] <= 1.003  # the later [CLS] saves some, too
-    assert sum(rows['config']['parts'].values()) == pytest.approx(rows['config']['flops'], abs=4)
-    run = subprocess.run(
-        [*tool, ROOT / 'configs/mocov3_vits16.py'], text=True, stderr=subprocess.PIPE
-    )
-    assert run.returncode == 2 and 'name one with --baseline' in run.stderr
-
-
-@pytest.mark.slow
 def test_one_pass_for_b1_and_b2_costs_few_operators():
-    from step import use_two_passes
-
     init_default_scope('mmpretrain')
     MMLogger.get_instance('cost', log_level='ERROR')
     ser, baseline = (

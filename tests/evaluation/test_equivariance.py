@@ -1,8 +1,6 @@
 """Scores of token maps that are known, and the hook in a run."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import skimage.data
@@ -11,16 +9,14 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 
-from ser_mm.engine import EquivarianceHook
+from ser_mm.evaluation import EquivarianceHook, token_maps_of
 from ser_mm.evaluation.equivariance import (
     TRANSFORMATIONS,
     equivariance_by_layer,
     equivariance_score,
-    token_maps_of,
 )
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, BACKBONE, IMAGE, RESNET
-from tests.support.paths import ROOT
 from tests.support.two_ranks import on_two_ranks
 
 TURNS = ('rot90', 'rot180', 'flip_lr', 'flip_ud')
@@ -212,32 +208,3 @@ def test_hook_of_two_ranks_logs_once(imagenet_tree, tmp_path):
     (file,) = tmp_path.glob('run/*/vis_data/scalars.json')
     logged = [line for line in file.read_text().splitlines() if 'equivariance/rot90/r2_1' in line]
     assert len(logged) == 1
-
-
-@pytest.mark.slow
-def test_tool_on_networks_of_two_configs(imagenet_tree, tmp_path):
-    configs = []
-    for name, side in dict(ser_mocov3=64, mocov3=48).items():
-        cfg = Config.fromfile(ROOT / f'configs/demo/{name}.py')
-        cfg.evaluation = evaluation(imagenet_tree)
-        cfg.evaluation.val.pipeline[1]['crop_size'] = side
-        model = MODELS.build(cfg.model)
-        model.init_weights()
-        (tmp_path / name).mkdir()
-        torch.save(dict(state_dict=model.state_dict()), tmp_path / name / 'a.pth')
-        cfg.dump(tmp_path / f'{name}.py')
-        configs += [tmp_path / f'{name}.py', tmp_path / name / 'a.pth']
-    tool = [sys.executable, ROOT / 'tools/equivariance.py']
-    out = ['--images', '6', '--transformations', 'rot90', '--out', tmp_path / 'out']
-    subprocess.run([*tool, *configs, *out], check=True)
-    result = json.loads((tmp_path / 'out' / 'equivariance.json').read_text())['results']
-    untrained = ['untrained, ser_mocov3', 'untrained, mocov3']
-    assert sorted(result) == sorted([*untrained, 'ser_mocov3', 'mocov3'])
-    assert all(len(scores['rot90']) == 6 for scores in result.values())
-    table = (tmp_path / 'out' / 'equivariance.md').read_text()
-    for name, tokens in dict(ser_mocov3=64, mocov3=36).items():  # each has its own chance
-        (row,) = (line for line in table.splitlines() if f'| rot90, chance, {name} ' in line)
-        assert row.count(f'{1 / tokens:.3f}') == 6
-    assert (tmp_path / 'out' / 'equivariance.png').stat().st_size > 10000
-    run = subprocess.run([*tool, configs[1]], text=True, stderr=subprocess.PIPE)
-    assert run.returncode == 2 and 'is no config (.py)' in run.stderr

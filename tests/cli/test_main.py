@@ -1,0 +1,67 @@
+"""The command ser-mm, and what all of its commands have in common."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ser_mm.cli.main import COMMANDS, main
+from tests.support.command import run_command
+from tests.support.paths import ROOT
+
+
+def ser_mm(*args):
+    try:
+        main(args)
+    except SystemExit as end:
+        return end.code
+
+
+def test_commands_are_listed_with_a_line_each(capsys):
+    assert ser_mm('--help') == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, text in COMMANDS.items():
+        assert sum(
+            re.fullmatch(rf'  {name} +{re.escape(text)}', line) is not None for line in lines
+        )
+    modules = {file.stem for file in (ROOT / 'ser_mm' / 'cli').glob('[a-z]*.py')} - {'main'}
+    assert modules == {name.replace('-', '_') for name in COMMANDS}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_every_option_has_a_help_text(name, capsys):
+    assert ser_mm(name, '--help') == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f'usage: ser-mm {name} ')
+    # argparse indents help by more than the options, on their line or on the next ones.
+    options = re.split(r'^  (?=\S)', text.partition('positional arguments:\n')[2], flags=re.M)
+    without = [item for item in options if item and len(re.split(r'\s{2,}', item.strip())) < 2]
+    assert without == []
+
+
+def test_an_unknown_command_is_one_sentence(capsys):
+    assert ser_mm('tain') == 2
+    assert capsys.readouterr().err == (
+        "ser-mm: error: unknown command 'tain'; did you mean train?\n"
+    )
+    assert ser_mm('xyz') == 2
+    assert 'choose one of train, test, ' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['probe', 'robustness'])
+def test_an_unknown_config_is_one_sentence(name):
+    assert run_command(name, 'ser_mocov3_vit16', 'x.pth') == (
+        "error: config 'ser_mocov3_vit16': neither a file nor the name of a shipped config; close "
+        'to it: ser_mocov3_vits16, ser_mocov3_vitb16, mocov3_vits16.'
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', [['-m', 'ser_mm.cli.cost'], ['tools/cost.py']])
+def test_module_and_tool_are_the_command(command):
+    run = subprocess.run(
+        [sys.executable, *command, 'none'], cwd=ROOT, text=True, capture_output=True
+    )
+    assert run.returncode == 2
+    assert 'ser-mm cost: error: config ' in run.stderr

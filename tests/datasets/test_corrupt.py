@@ -1,0 +1,26 @@
+import numpy as np
+import pytest
+import skimage.data
+from mmpretrain.registry import TRANSFORMS
+
+from ser_mm.datasets import Corrupt
+from ser_mm.evaluation.robustness import CORRUPTIONS
+
+
+def test_a_corruption_depends_on_the_image_alone():
+    photo = skimage.data.astronaut()[100:148, 200:248, ::-1]
+    for name in CORRUPTIONS:
+        corrupt = TRANSFORMS.build(dict(type='Corrupt', corruption=name, severity=3))
+        state = np.random.get_state()[1].copy()
+        first = corrupt(dict(img=photo.copy(), img_path='a'))['img']
+        assert first.shape == photo.shape and first.dtype == np.uint8
+        assert (np.random.get_state()[1] == state).all()
+        np.random.rand()
+        again = corrupt(dict(img=photo.copy(), img_path='a'))['img']
+        assert (first == again).all() and (first != photo).any(), name
+    # Colours keep their order: brighter, and blue stays blue.
+    blue = np.zeros((32, 32, 3), np.uint8) + np.uint8([200, 30, 30])
+    image = Corrupt('brightness', 1)(dict(img=blue, img_path='a'))['img']
+    assert (image[0, 0] > blue[0, 0]).any() and image[0, 0].argmax() == 0
+    with pytest.raises(ValueError, match="corruption='rain', severity=1: choose one of"):
+        Corrupt('rain', 1)
