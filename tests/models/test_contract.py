@@ -26,7 +26,6 @@ from tests.support.algorithms import (
 )
 from tests.support.two_ranks import on_two_ranks
 
-
 # Of float64, as in test_ser_algorithm; gradients are around 1e-3.
 CLOSE = dict(rtol=1e-8, atol=1e-10)
 
