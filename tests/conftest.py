@@ -26,7 +26,8 @@ def as_if_no_test_had_been():
     """Take back what an earlier test has left: random states, a Runner's scope and its epoch."""
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     init_default_scope('mmpretrain')
-    MessageHub.get_current_instance().runtime_info.pop('epoch', None)
+    for name in ('epoch', 'epoch_length'):
+        MessageHub.get_current_instance().runtime_info.pop(name, None)
 
 
 @pytest.fixture(scope='session')

@@ -4,10 +4,11 @@ import random
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import FUNCTIONS
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
 
@@ -20,17 +21,54 @@ class EpochSeedHook(Hook):
     the data loader follow if they are started anew each epoch (``persistent_workers=False``) with
     ``worker_init_fn=dict(type='keep_worker_seed')``: MMEngine's own gives a worker the same seed
     in every epoch.
+
+    A loop by iteration has one epoch only. There each iteration starts so, such that a resumed run
+    does not repeat the draws of the first ones.
+
+    For schedules in epochs, as of :class:`~ser_mm.models.DINOHead`, it writes the iterations that
+    an epoch has into MMEngine's ``MessageHub``, as ``epoch_length``.
     """
 
     priority = 'VERY_HIGH'
 
+    def before_train(self, runner: Runner) -> None:
+        """Tell how long an epoch is."""
+        runner.message_hub.update_info('epoch_length', steps_per_epoch(runner))
+
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed Python, NumPy and torch."""
-        states = np.random.SeedSequence([runner.seed, runner.epoch, get_rank()]).generate_state(3)
-        python, numpy, pytorch = (int(state) for state in states)
-        random.seed(python)
-        np.random.seed(numpy)
-        torch.manual_seed(pytorch)
+        _seed(runner.seed, runner.epoch, get_rank())
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Seed them in a loop by iteration."""
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            _seed(runner.seed, runner.iter, get_rank())
+
+
+def _seed(*entropy: int) -> None:
+    states = np.random.SeedSequence(entropy).generate_state(3)
+    python, numpy, pytorch = (int(state) for state in states)
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.manual_seed(pytorch)
+
+
+def steps_per_epoch(runner: Runner) -> int:
+    """Iterations in which a run sees as many images as its data set has.
+
+    Args:
+        runner (Runner): With a data loader of ``torch``.
+
+    Returns:
+        int: At least 1; also of a loop by iteration, whose sampler does not end.
+    """
+    loader = runner.train_dataloader
+    if isinstance(loader.sampler, InfiniteSampler):
+        batch = loader.batch_size or 1
+        return max(1, len(loader.dataset) // (batch * get_world_size()))
+    return max(1, len(loader))
 
 
 @FUNCTIONS.register_module()
@@ -95,8 +133,10 @@ class FreezeLayerHook(Hook):
                 'name a layer as model.named_modules() does.'
             )
 
+        steps = self.epochs * steps_per_epoch(runner)
+
         def drop_gradients(*_) -> None:
-            if runner.epoch < self.epochs:
+            if runner.iter < steps:
                 for parameter in frozen:
                     parameter.grad = None
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS
@@ -34,3 +35,57 @@ def test_the_momentum_branch_moves_once_per_optimizer_step(name, imagenet_tree, 
 
     assert moves(online) == [4, 8, 12]  # after the 4th, 8th and 12th pass
     assert moves(average) == [1, 5, 9]  # a copy at first, then in the pass after that
+
+
+class Watch(Hook):
+    """In each iteration a random number, and the temperature of DINO's teacher."""
+
+    def __init__(self):
+        self.draws, self.temperatures = [], []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.draws.append(torch.rand(()).item())
+        if hasattr(runner.model.algorithm, 'teacher'):
+            head = runner.model.algorithm.head
+            self.temperatures.append(head.current_teacher_temperature())
+
+
+def by_iteration(root, folder, max_iters, name='dino', resume_from=None, hooks=()):
+    """Epochs of 4 iterations, as there are 16 images, in a loop that knows no epochs."""
+    watch = Watch()
+    _, states = short_run.run(
+        ALGORITHMS[name],
+        short_run.equivariant_views(0.5),
+        root,
+        folder,
+        hooks=[watch, *hooks],
+        loop=dict(by_epoch=False, max_iters=max_iters),
+        checkpoint=dict(type='CheckpointHook', interval=5, by_epoch=False),
+        resume_from=resume_from,
+    )
+    return watch, states
+
+
+def test_dino_thaws_and_warms_up_in_a_loop_by_iteration(imagenet_tree, tmp_path):
+    """Its last layer stayed frozen, and its temperature at the start, for the whole run."""
+    freeze = dict(type='FreezeLayerHook', layer='neck.last_layer', epochs=2)
+    watch, states = by_iteration(imagenet_tree, tmp_path, 12, hooks=[freeze])
+    names = [key for key in states[0] if key.startswith('neck.last_layer')]
+    moves = [
+        i
+        for i in range(1, 13)
+        if any(not torch.equal(states[i][name], states[i - 1][name]) for name in names)
+    ]
+    assert moves == [9, 10, 11, 12]  # after two epochs
+    # From 0.04 to 0.07 in the 10 epochs of the warm-up, so in 9 steps.
+    expected = [0.04 + epoch * 0.03 / 9 for epoch in (0, 1, 2) for _ in range(4)]
+    assert watch.temperatures == pytest.approx(expected)
+
+
+def test_a_resumed_loop_by_iteration_does_not_repeat_its_draws(imagenet_tree, tmp_path):
+    whole, _ = by_iteration(imagenet_tree, tmp_path / 'whole', 8, 'simsiam')
+    rest, _ = by_iteration(
+        imagenet_tree, tmp_path / 'rest', 8, 'simsiam', tmp_path / 'whole' / 'iter_5.pth'
+    )
+    assert len(set(whole.draws)) == 8
+    assert rest.draws == whole.draws[5:]

@@ -54,6 +54,7 @@ def run(
     cfg=None,
     checkpoint=None,
     optim=None,
+    loop=None,
 ):
     """Train on ``root``; returns the runner and the states that it went through."""
     record = Record()
@@ -64,13 +65,13 @@ def run(
         train_dataloader=dict(
             batch_size=4,
             num_workers=0,
-            sampler=dict(type='DefaultSampler', shuffle=True),
+            sampler=dict(type='InfiniteSampler' if loop else 'DefaultSampler', shuffle=True),
             collate_fn=dict(type='default_collate'),
             dataset=dict(
                 type='CustomDataset', data_root=str(root), data_prefix='train', pipeline=pipeline
             ),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=loop or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(
             optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1), **(optim or {})
         ),

@@ -23,7 +23,8 @@ class DINOHead(BaseModule):
     over images, views and ranks; the loss uses that of the steps before.
 
     The epoch, which :math:`\tau_t` depends on, is that of MMEngine's ``MessageHub``, and so right
-    after a resume; without a Runner it is 0.
+    after a resume; without a Runner it is 0. In a loop by iteration,
+    :class:`~ser_mm.engine.EpochSeedHook` has to tell how many iterations make an epoch.
 
     Args:
         out_channels (int): Number of prototypes. Defaults to 65536.
@@ -95,7 +96,9 @@ class DINOHead(BaseModule):
 
     def current_teacher_temperature(self) -> float:
         """The teacher's temperature in the current epoch."""
-        epoch = MessageHub.get_current_instance().get_info('epoch', 0)
+        hub = MessageHub.get_current_instance()
+        length = hub.get_info('epoch_length', None)  # of EpochSeedHook, for loops by iteration too
+        epoch = hub.get_info('iter', 0) // length if length else hub.get_info('epoch', 0)
         share = min(epoch / max(self.warmup_epochs - 1, 1), 1) if self.warmup_epochs else 1
         start = self.warmup_teacher_temperature
         return start + share * (self.teacher_temperature - start)
