@@ -11,7 +11,10 @@ from tests.support.algorithms import ALGORITHMS, BACKBONE
 
 @pytest.mark.parametrize('name', ALGORITHMS)
 def test_resumed_run_goes_as_the_uninterrupted_one(name, imagenet_tree, tmp_path):
-    """Bit by bit after every step: weights, momentum branch, schedules and random draws."""
+    """Bit by bit after every step: weights, momentum branch, schedules and random draws.
+
+    Both runs call the same operations on the same numbers in the same shapes.
+    """
     config = copy.deepcopy(ALGORITHMS[name])
     if config['algorithm']['backbone']['type'] == 'SERVisionTransformer':
         config['algorithm']['backbone'] = dict(BACKBONE, drop_path_rate=0.2)

@@ -58,8 +58,9 @@ def jitter(**options):
     return dict(type='ColorJitter', **options)
 
 
-# What uint8 images lose: a grey level where a step is cut or rounded; for the hue, 8 bits each of
-# hue, saturation and value; for the blur, half a level in each of three passes along two axes.
+# What uint8 images lose: a grey level where a step is cut; where it works with grey, half a level of
+# that, and of its mean, times the factor; for the hue, a saturation of 8 bits, half a level in the
+# end, and what the test says; for the blur, half a level in each of three passes along two axes.
 FIXED = {
     'brightness': (jitter(brightness=(1.3, 1.3)), 1),
     'darkness': (jitter(brightness=(0.7, 0.7)), 1),
@@ -67,8 +68,8 @@ FIXED = {
     'more contrast': (jitter(contrast=(1.4, 1.4)), 1.5),
     'saturation': (jitter(saturation=(0.8, 0.8)), 1.5),
     'more saturation': (jitter(saturation=(1.2, 1.2)), 1.5),
-    'hue': (jitter(hue=(0.1, 0.1)), 8),
-    'hue, back': (jitter(hue=(-0.1, -0.1)), 8),
+    'hue': (jitter(hue=(0.1, 0.1)), 1.5),
+    'hue, back': (jitter(hue=(-0.1, -0.1)), 1.5),
     'grey': (
         dict(
             type='RandomGrayscale',
@@ -92,8 +93,15 @@ def test_each_transform_is_that_of_mmpretrain(name, crops):
     images = Photometry([transform])(to_rgb(crops).float())
     expected = by_mmpretrain([transform], crops)
     off = (images - expected).abs()
+    if name.startswith('hue'):
+        # Hues are cut to 255ths of a turn, so is the angle, here to half of one, and a turn has 256
+        # of them. A colour goes through six times its range in a turn.
+        original = to_rgb(crops)
+        chroma = original.amax(1, keepdim=True) - original.amin(1, keepdim=True)
+        off = off - 2.5 / 255 * 6 * chroma
     if name.startswith('blur'):  # Pillow's boxes repeat the border anew for each of the three
         off = off[..., 6:-6, 6:-6]
+    # float32 adds, for two sums of 13 taps, 2 * 26 operations on values of up to 255: 8e-4.
     assert off.max() <= levels + 1e-3
     if name != 'blur 0.1':  # which is next to nothing
         assert (images - to_rgb(crops)).abs().max() > 10 * levels
@@ -143,7 +151,11 @@ def of_mmpretrain(crops):
 
 @pytest.mark.parametrize('view', [0, 1])
 def test_policies_have_the_distribution_of_mmpretrain(view, crops, of_mmpretrain):
-    """16 tests at 0.001: chance fails one in 60 sets of seeds, and these are fixed."""
+    """16 tests at 0.001: chance fails one in 60 sets of seeds, and these are fixed.
+
+    Both sides draw on the host, the same on every processor, whose rounding only moves values that
+    are next to each other past one another.
+    """
     found = p_values(draw(POLICIES[view], crops, 10 + view, on_device=True), of_mmpretrain[view])
     assert min(found.values()) > LEVEL, found
     if view == 1:
@@ -205,7 +217,7 @@ def test_without_photometry_the_images_are_those_of_the_pipeline(crops):
         images = to_rgb(crops[:12]).float()
         kept = [i for i in range(12) if i not in (2, 5, 7)]
         assert torch.equal(view.base, images[kept])
-        torch.testing.assert_close(view.equi, images[[2, 5, 7]], rtol=0, atol=1e-4)
+        assert torch.equal(view.equi, images[[2, 5, 7]])  # resized with weights of 0 and 1
 
 
 def test_mixed_precision_does_not_touch_it(crops):
@@ -215,7 +227,7 @@ def test_mixed_precision_does_not_touch_it(crops):
     expected = photometry(images)
     seed(1)
     with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(photometry(images), expected)
+        assert torch.equal(photometry(images), expected)  # by the same operations
 
 
 @pytest.mark.parametrize(
