@@ -33,7 +33,7 @@ def short(data_root, *extra: str, epochs: int = 1) -> list[str]:
 
 
 def train(*args: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / 'tools' / 'train.py', *map(str, args)]
+    command = [sys.executable, '-m', 'ser_mm.cli.train', *map(str, args)]
     return subprocess.run(
         command, cwd=ROOT, check=check, text=True, stdout=-1, stderr=subprocess.STDOUT, **kwargs
     )

@@ -5,31 +5,21 @@ import shutil
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
 
-from ser_mm.experiments.runs import finished, train
+from ser_mm.engine.configs import find_config
+from ser_mm.experiments.sweeps import load_base, points, run_config
+from tests.support.command import run_command
 from tests.support.paths import ROOT
 
-sys.path.insert(0, str(ROOT / 'tools'))
-import ablate  # noqa: E402
 
-
-def arguments(config='demo/ser_mocov3', **cfg_options):
-    return Namespace(
-        config=ROOT / f'configs/{config}.py', cfg_options=cfg_options, work_dir=Path('work')
-    )
-
-
-def folders(sweep, values=None, **kwargs):
-    args = arguments(**kwargs)
-    cfg = ablate.load(args)
+def folders(sweep, values=None, config='demo/ser_mocov3', **cfg_options):
+    cfg = load_base(find_config(config), cfg_options)
     found = {}
-    for value, point in ablate.points(cfg, sweep, values).items():
-        own = ablate.run_config(args, cfg, point, 7)
+    for value, point in points(cfg, sweep, values).items():
+        own = run_config(cfg, point, 7, Path('work'), cfg_options)
         assert own.randomness.seed == 7
         found[value] = own
     return found
@@ -78,50 +68,42 @@ def test_gradient_has_the_arms_of_the_demo():
         folders('gradient', config='ser_byol_vits16')
 
 
-def test_stages_of_a_resnet_have_their_channels_and_strides():
+def test_stages_of_a_resnet_find_their_channels():
     found = folders('layer', config='ser_barlowtwins_r50')
-    settings = [
-        (c.model.neck.in_channels, c.model.data_preprocessor.get('patch_size', 16))
-        for c in found.values()
-    ]
-    assert settings == [(256, 4), (512, 8), (1024, 16), (2048, 32)]
+    assert [cfg.model.algorithm.backbone.ser_layer for cfg in found.values()] == [1, 2, 3, 4]
+    assert not any('in_channels' in cfg.model.get('neck', {}) for cfg in found.values())
     with pytest.raises(ValueError, match='cls: .*cls_layer is not in'):
         folders('cls', config='ser_barlowtwins_r50')
     with pytest.raises(ValueError, match="choose a config with type='SERAlgorithm'"):
         folders('layer', config='demo/mocov3')
 
 
-def test_other_settings_in_the_same_folder_are_refused(tmp_path):
-    cfg = Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
-    cfg.work_dir = str(tmp_path / 'run')
-    other = Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
-    other.model.loss_weight = 0.5
-    Path(f'{cfg.work_dir}.py').write_text(other.pretty_text)
-    with pytest.raises(SystemExit, match='holds a run with other settings'):
-        train({'run': cfg})
-    assert not Path(cfg.work_dir).exists()
-
-    # Where it is kept and how it is evaluated is no other setting: a finished run counts.
-    other = Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
-    other.merge_from_dict(dict(work_dir='elsewhere', evaluation=dict(val=None)))
-    Path(f'{cfg.work_dir}.py').write_text(other.pretty_text)
-    Path(cfg.work_dir).mkdir()
-    assert finished(cfg) is None
-    Path(cfg.work_dir, 'last_checkpoint').write_text('elsewhere/epoch_8.pth')
-    assert finished(cfg) == str(tmp_path / 'run' / 'epoch_8.pth')
-    train({'run': cfg})
+def test_explicit_channels_follow_the_layer_too():
+    """Of configs that were written when they had to be given."""
+    options = {
+        'model.neck.in_channels': 1024,
+        'model.data_preprocessor': dict(type='SERDataPreprocessor', patch_size=16),
+    }
+    found = folders('layer', config='ser_barlowtwins_r50', **options)
+    settings = [
+        (c.model.neck.in_channels, c.model.data_preprocessor.patch_size) for c in found.values()
+    ]
+    assert settings == [(256, 4), (512, 8), (1024, 16), (2048, 32)]
 
 
-def test_data_to_evaluate_on_is_looked_at_before_training(tmp_path, monkeypatch):
-    command = ['ablate', 'layer', '--work-dir', str(tmp_path / 'work')]
-    monkeypatch.setattr(sys, 'argv', [*command, '--cfg-options', 'evaluation.val=None'])
-    with pytest.raises(ValueError, match=r'evaluation\.val is not in'):
-        ablate.main()
+def test_schedules_follow_the_epochs():
+    found = folders('gradient', **{'train_cfg.max_epochs': 4})
+    assert [cfg.param_scheduler[-1].end for cfg in found.values()] == [4] * 3
+
+
+def test_data_to_evaluate_on_is_looked_at_before_training(tmp_path):
+    options = ('--work-dir', tmp_path / 'work', '--cfg-options', 'evaluation.val=None')
+    assert 'evaluation.val is not in' in run_command('ablate', 'layer', *options)
     assert not (tmp_path / 'work').exists()
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+def test_a_sweep_goes_on_after_an_interruption(tmp_path, capsys):
     data = dict(data_root=tmp_path / 'photos', train_per_picture=4, val_per_picture=4)
     options = {
         f'{place}.{key}': value
@@ -133,11 +115,10 @@ def test_a_sweep_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
         'model.algorithm.backbone.arch.num_layers': 2,
         'model.algorithm.backbone.cls_layer': 1,
         'train_cfg.max_epochs': 4,
-        'param_scheduler.1.end': 4,
     }
-    command = [sys.executable, ROOT / 'tools/ablate.py', 'layer', '--seeds', '3', '--jobs', '2']
-    command += ['--work-dir', tmp_path, '--images', '18', '--cfg-options']
-    command += [f'{key}={value}' for key, value in options.items()]
+    args = ['layer', '--seeds', '3', '--jobs', '2', '--work-dir', tmp_path, '--images', '18']
+    args += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+    command = [sys.executable, '-m', 'ser_mm.cli.ablate', *args]
     out = tmp_path / 'mocov3'
     runs = [out / 'seed3' / name for name in ('ser_layer=1', 'SER')]
 
@@ -162,15 +143,14 @@ def test_a_sweep_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
     assert (out / 'layer.png').exists() and (out / 'layer_blocks.png').exists()
 
     times = [(run / 'epoch_4.pth').stat().st_mtime_ns for run in runs]
-    monkeypatch.setattr(sys, 'argv', [str(part) for part in command[1:]])
-    ablate.main()
+    assert run_command('ablate', *args) is None
     assert '2 runs, 0 to train' in capsys.readouterr().out
     assert times == [(run / 'epoch_4.pth').stat().st_mtime_ns for run in runs]
     assert not list(out.glob('**/*.features'))
 
     # Figures belong to the content of a checkpoint, not to its name.
     shutil.copy(runs[1] / 'epoch_4.pth', runs[0] / 'epoch_4.pth')
-    ablate.main()
+    assert run_command('ablate', *args) is None
     (first,), (second,) = json.loads((out / 'layer.json').read_text())['results'].values()
     assert first['r2_last'] == pytest.approx(second['r2_last'], rel=1e-9)
     assert first['r2_last'] != pytest.approx(results['1'][0]['r2_last'], rel=1e-9)
