@@ -58,9 +58,9 @@ def jitter(**options):
     return dict(type='ColorJitter', **options)
 
 
-# What uint8 images lose: a grey level where a step is cut; where it works with grey, half a level of
-# that, and of its mean, times the factor; for the hue, a saturation of 8 bits, half a level in the
-# end, and what the test says; for the blur, half a level in each of three passes along two axes.
+# What uint8 images lose: a grey level where a step is cut; where it works with grey, half a level
+# of that, and of its mean, times the factor; for the hue, a saturation of 8 bits, half a level in
+# the end, and what the test says; for the blur, half a level in each of three passes along two axes.
 FIXED = {
     'brightness': (jitter(brightness=(1.3, 1.3)), 1),
     'darkness': (jitter(brightness=(0.7, 0.7)), 1),
