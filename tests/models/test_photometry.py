@@ -60,7 +60,7 @@ def jitter(**options):
 
 # What uint8 images lose: a grey level where a step is cut; where it works with grey, half a level
 # of that, and of its mean, times the factor; for the hue, a saturation of 8 bits, half a level in
-# the end, and what the test says; for the blur, half a level in each of three passes along two axes.
+# the end, and what the test says; for the blur, half a level for each of three passes and two axes.
 FIXED = {
     'brightness': (jitter(brightness=(1.3, 1.3)), 1),
     'darkness': (jitter(brightness=(0.7, 0.7)), 1),
