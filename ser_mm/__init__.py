@@ -27,3 +27,5 @@ if digit_version(torch.__version__) >= digit_version('2.6') and (
     )
 
 register_model_index()
+# Where it was imported from before it moved beside what it measures.
+engine.EquivarianceHook = evaluation.EquivarianceHook  # type: ignore[attr-defined]
