@@ -17,10 +17,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner, set_random_seed
-from mmpretrain.registry import MODELS
 from step import prepare, report
 
 from ser_mm.checkpoint import read_weights
+from ser_mm.datasets import split_batches
+from ser_mm.evaluation.backbone import build_model
 
 
 def main() -> None:
@@ -41,7 +42,8 @@ def main() -> None:
     MessageHub.get_current_instance().update_info('max_iters', 1000)
     set_random_seed(0)
     batches = Runner.build_dataloader(cfg.train_dataloader, seed=0)
-    model = MODELS.build(cfg.model)
+    split_batches(batches)
+    model = build_model(cfg)
     model.init_weights()
     if args.checkpoint:
         model.load_state_dict(read_weights(args.checkpoint))

@@ -22,11 +22,13 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import default_collate
 from mmengine.device import get_device
-from mmpretrain.registry import MODELS, TRANSFORMS
+from mmpretrain.registry import TRANSFORMS
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from step import ROOT, prepare, report
 
+from ser_mm.datasets import EquivariantViewPipeline
+from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.results import make_table
 
 SIZE = 500, 375
@@ -60,7 +62,7 @@ def write_jpegs(folder: Path) -> list[Path]:
 def photometry_on_device(batch: list[dict], args: argparse.Namespace) -> float:
     """Seconds per image that the preprocessor takes, photometry included, for a whole batch."""
     cfg = Config.fromfile(ROOT / 'configs' / PIPELINES['SER, photometry on the device'])
-    preprocessor = MODELS.build(cfg.model.data_preprocessor).to(get_device())
+    preprocessor = build_model(cfg).data_preprocessor.to(get_device())
     data = default_collate(batch)
     cuda = get_device() == 'cuda'
     if cuda:
@@ -107,6 +109,9 @@ def main() -> None:
         paths = write_jpegs(Path(folder))
         for i in range(-len(paths), args.images):  # the first ones warm up
             for name, pipeline in pipelines.items():
+                for views in pipeline.transforms:
+                    if isinstance(views, EquivariantViewPipeline):  # as many in b2 as in a run
+                        views.in_b2 = i % round(1 / views.equi_ratio) == 0
                 start = time.perf_counter()
                 sample = pipeline(dict(img_path=str(paths[i % len(paths)])))
                 if i >= 0:

@@ -10,6 +10,7 @@ default_hooks = dict(
 )
 custom_hooks = [
     dict(type='EpochSeedHook'),
+    dict(type='EquivariantSplitHook'),
     dict(type='MomentumUpdateHook'),
     dict(type='NonFiniteLossHook', interval=50),
 ]

@@ -7,10 +7,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from mmengine.config import Config
+from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
+from ser_mm.datasets import split_batches
 from ser_mm.engine.checkpointing import resume_newest
 from ser_mm.engine.checks import DATALOADERS, check_coco, check_data
 from ser_mm.engine.cpu import (
@@ -85,6 +87,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
             )
         cfg.auto_scale_lr.enable = True
+    if _is_ser(cfg.model) and 'EquivariantSplitHook' not in str(cfg.get('custom_hooks')):
+        hooks = list(cfg.get('custom_hooks') or [])
+        cfg.custom_hooks = [*hooks, dict(type='mmpretrain.EquivariantSplitHook')]
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 
@@ -101,6 +106,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             loader.pin_memory = False
         if args.no_persistent_workers or not loader.get('num_workers'):
             loader.persistent_workers = False
+
+
+def _is_ser(model: dict) -> bool:
+    kind = model.get('type')
+    return (kind if isinstance(kind, str) else kind.__name__).endswith('SERAlgorithm')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,7 +140,8 @@ def _train(args: argparse.Namespace) -> None:
         init_cpu_process_group(cfg.launcher, timeout)
         adapt_to_device(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        runner.train_loop  # noqa: B018  builds the data set and the views, and what is wrong shows
+        # Builds the data set and the views, and what is wrong with them shows.
+        split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
     # What fails from here on is as likely an error of the code, which needs its traceback.
     with one_sentence((FloatingPointError, UnpicklingError), INTERRUPTED, args.trust_checkpoint):
         runner.train()

@@ -2,6 +2,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import mmcv
 import numpy as np
@@ -69,7 +70,7 @@ def write_bundled_digits(
         for index, (split, (names, own)) in enumerate(sources.items()):
             rng = np.random.default_rng([seed, index])
             pictures = [read_picture(name) for name in names]
-            coco = dict(
+            coco: dict[str, Any] = dict(
                 info=info,
                 images=[],
                 annotations=[],

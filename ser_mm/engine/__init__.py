@@ -1,6 +1,7 @@
 from .checkpointing import AtomicCheckpointHook
 from .hooks import (
     EpochSeedHook,
+    EquivariantSplitHook,
     FreezeLayerHook,
     MomentumUpdateHook,
     NonFiniteLossHook,
@@ -10,6 +11,7 @@ from .hooks import (
 __all__ = [
     'AtomicCheckpointHook',
     'EpochSeedHook',
+    'EquivariantSplitHook',
     'FreezeLayerHook',
     'MomentumUpdateHook',
     'NonFiniteLossHook',

@@ -12,6 +12,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
 
+from ser_mm.datasets import split_batches
+
 
 @HOOKS.register_module()
 class EpochSeedHook(Hook):
@@ -81,6 +83,27 @@ def keep_worker_seed(worker_id: int) -> None:
     Args:
         worker_id (int): Number of the worker, unused.
     """
+
+
+@HOOKS.register_module()
+class EquivariantSplitHook(Hook):
+    """Let every batch have as many images in b2 as ``equi_ratio`` says, see :class:`ExactSplit`.
+
+    Without an :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        """Prepare the loader, and log how many images are in b2."""
+        loader = runner.train_dataloader
+        split = split_batches(loader, runner.seed, get_rank(), get_world_size())
+        if split is not None and loader.batch_size:
+            images = loader.batch_size * split.world_size
+            runner.logger.info(
+                f'b2 has {split.count(loader.batch_size)} of the {images} images of a batch '
+                f'(equi_ratio={split.equi_ratio:g}), dealt over {split.world_size} rank(s).'
+            )
 
 
 @HOOKS.register_module()

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS
 from torch import Tensor, nn
 
-from ser_mm.datasets import BundledPhotos
+from ser_mm.datasets import BundledPhotos, split_batches
 from ser_mm.engine.configs import CONFIG_ROOT
 from ser_mm.engine.logs import read_scalars
 from ser_mm.evaluation.backbone import build_backbone, build_model
@@ -248,22 +248,16 @@ def token_map(cfg: Config, checkpoint: str | None, layer: int) -> Callable[[Tens
 
 
 def training_views(cfg: Config) -> tuple[list[ViewBatch], nn.Module]:
-    """Both views of the first batch with images in b2, out of a run's own loader and preprocessor.
+    """Both views of the first batch, out of a run's own loader and preprocessor.
 
     Args:
         cfg (Config): Config of a SER run.
 
     Returns:
         tuple: The two views, and the preprocessor that normalized them.
-
-    Raises:
-        ValueError: If no batch of an epoch has an image in b2.
     """
     init_default_scope(cfg.default_scope)
     loader = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
+    split_batches(loader)
     preprocessor = build_model(cfg).data_preprocessor
-    for batch in loader:
-        views = preprocessor(batch, training=True)['inputs'][:2]
-        if len(views[0].equi):
-            return views, preprocessor
-    raise ValueError('No image of an epoch is in b2; raise equi_ratio.')
+    return preprocessor(next(iter(loader)), training=True)['inputs'][:2], preprocessor

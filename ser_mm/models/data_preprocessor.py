@@ -64,7 +64,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
                 'pipelines load them in BGR order.'
             )
         self.patch_size = patch_size
-        self.photometry = photometry and [Photometry(transforms) for transforms in photometry]
+        self.photometry = [Photometry(x) for x in photometry] if photometry else None
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Make the containers that the base algorithm takes for its views.
@@ -92,7 +92,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         samples = data.get('data_samples')
         samples = samples and [samples[i] for i in order.tolist()]
         views, samples, order, elements = self.cast_data([views, samples, order, record[in_b2]])
-        photometry = self.photometry or [None] * len(views)
+        photometry: Sequence[Photometry | None] = self.photometry or [None] * len(views)
         inputs = [
             self._normalize(view[order], change)
             for view, change in zip(views, photometry, strict=True)
@@ -108,13 +108,19 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         images = photometry(images) if photometry else images
         return (images - self.mean) / self.std if self._enable_normalize else images
 
-    def _check(self, views: list[Tensor], record: Tensor | None) -> None:
+    def _check(self, views: list[Tensor], record: Tensor) -> None:
         if not views or record.ndim != 2 or record.dtype != torch.int64:
             raise ValueError(
                 'SERDataPreprocessor: the batch has lost its geometry records: the last of '
                 f'`inputs` is {tuple(record.shape)} {record.dtype}, not the (B, views) int64 table '
                 'that EquivariantViewPipeline adds. Let EquivariantViewPipeline make the views, '
                 'right before PackInputs, and collate with default_collate.'
+            )
+        if bool((record < -1).any()):  # on the host, where the record was made
+            raise ValueError(
+                'SERDataPreprocessor: nobody assigned the images of the batch to b1 and b2; start '
+                "the run with `ser-mm train`, or add dict(type='EquivariantSplitHook') to its "
+                'custom_hooks.'
             )
         if self.photometry and len(self.photometry) != len(views):
             raise ValueError(

@@ -58,7 +58,7 @@ def test_late_cls_without_cls_or_before_it_is_there():
 
 @pytest.mark.parametrize('img_size', [30, (32, 36)])
 def test_image_size_that_is_no_multiple_of_the_patch(img_size):
-    refused(dict(BACKBONE, img_size=img_size), r'img_size=\(3[02], 3[06]\) .*patch \(8, 8\)')
+    refused(dict(BACKBONE, img_size=img_size), r'img_size=\(3[02], 3[06]\) .*patch_size=\(8, 8\)')
 
 
 def test_channels_that_do_not_match_the_backbone():
@@ -138,6 +138,8 @@ def batch(views, size=40):
     rng = np.random.default_rng(0)
     data = [dict(img=rng.integers(256, size=(size, size, 3), dtype=np.uint8)) for _ in range(3)]
     for transform in pipeline:
+        if hasattr(transform, 'in_b2'):
+            transform.in_b2 = True  # as ExactSplit assigns images
         data = [transform(x) for x in data]
     return default_collate(data)
 

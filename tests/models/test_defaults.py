@@ -78,6 +78,7 @@ def batch():
         TRANSFORMS.build(x) for x in (short_run.equivariant_views(0.5), dict(type='PackInputs'))
     ]
     data = [dict(img=torch.randint(256, (40, 40, 3)).byte().numpy()) for _ in range(4)]
+    load[0].in_b2 = True
     for transform in load:
         data = [transform(x) for x in data]
     return default_collate(data)

@@ -55,6 +55,7 @@ def run(
     checkpoint=None,
     optim=None,
     loop=None,
+    log_level='WARNING',
 ):
     """Train on ``root``; returns the runner and the states that it went through."""
     record = Record()
@@ -80,9 +81,14 @@ def run(
         default_hooks=dict(checkpoint=checkpoint or dict(type='CheckpointHook', interval=1)),
         load_from=resume_from and str(resume_from),
         resume=resume_from is not None,
-        custom_hooks=[dict(type='EpochSeedHook'), record, *hooks],
+        custom_hooks=[
+            dict(type='EpochSeedHook'),
+            dict(type='EquivariantSplitHook'),
+            record,
+            *hooks,
+        ],
         randomness=dict(seed=3),
-        log_level='WARNING',
+        log_level=log_level,
         cfg=cfg,
         experiment_name=str(work_dir).replace('/', '_'),
     )

@@ -11,15 +11,18 @@ from ser_mm.geometry import NUM_ELEMENTS, act_on_array
 
 NOT_IN_B2 = -1
 """Stands in the geometry record of an image of b1."""
+NOT_ASSIGNED = -2
+"""Stands in that of an image of which nobody said whether it is in b1 or b2."""
 
 
 @TRANSFORMS.register_module()
 class EquivariantViewPipeline(BaseTransform):
     """Make the views of an image: by the base policy for b1, or equivariant ones for b2.
 
-    Each image joins b2 with probability ``equi_ratio``, so a batch of B images holds about
-    ``equi_ratio * B`` of them, at times none. The views of b1 come from ``views``, as with
-    MMPretrain's ``MultiView``. The views of b2 come from one crop, ``equi_crop``, shared by both:
+    In a run, ``round(equi_ratio * B)`` images of each global batch of B join b2, see
+    :class:`~ser_mm.datasets.ExactSplit`; an image that was not assigned by it is in b1, and marked,
+    unless ``equi_ratio`` is 0 or 1. The views of b1 come from ``views``, as with MMPretrain's
+    ``MultiView``. The views of b2 come from one crop, ``equi_crop``, shared by both:
     each view then has its own photometry, ``equi_views``, and its own element of D4, drawn
     uniformly and applied without loss. The resize that completes the group element is drawn once
     per batch, by :class:`~ser_mm.models.SERDataPreprocessor` (paper, Section 3).
@@ -27,8 +30,9 @@ class EquivariantViewPipeline(BaseTransform):
     **Required Keys:** img
 
     **Modified Keys:** img, a list of the views followed by the geometry record: an int64 tensor
-    (number of equivariant views,) with the element that moved each of them, -1 in b1. It travels
-    with the images through ``PackInputs`` and ``default_collate``.
+    (number of equivariant views,) with the element that moved each of them, -1 in b1, -2 in b1
+    where it was not assigned. It travels with the images through ``PackInputs`` and
+    ``default_collate``.
 
     Args:
         views (Sequence[list]): Pipeline of each view of b1. All views have the same size, but for
@@ -40,7 +44,7 @@ class EquivariantViewPipeline(BaseTransform):
             Leave photometry out of these and of ``views`` to have it done on the device, by
             ``photometry`` of :class:`~ser_mm.models.SERDataPreprocessor`. Defaults to None: the
             first two of ``views`` without crop and flip.
-        equi_ratio (float): Probability of an image to be in b2. Defaults to 0.01.
+        equi_ratio (float): Share of the images of a batch in b2. Defaults to 0.01.
         transforms (Sequence[list], optional): Another name of ``views``. Defaults to None.
         num_views (int | Sequence[int], optional): How often each of ``transforms`` is a view.
             Defaults to None: once.
@@ -92,6 +96,8 @@ class EquivariantViewPipeline(BaseTransform):
         self.equi_crop = Compose(equi_crop)
         self.equi_views = [Compose(view) for view in equi_views]
         self.equi_ratio = equi_ratio
+        self.in_b2: bool | None = None
+        """Where the next image belongs; None where nobody says."""
 
     def transform(self, results: dict) -> dict:
         """Make the views of one image.
@@ -104,8 +110,9 @@ class EquivariantViewPipeline(BaseTransform):
         """
         # Without b2 no random number is drawn beyond those of MultiView, so that the same seed
         # gives the same views.
-        in_b2 = self.equi_ratio > 0 and np.random.random() < self.equi_ratio
-        record = np.full(len(self.equi_views), NOT_IN_B2)
+        assigned = self.in_b2 is not None or self.equi_ratio in (0, 1)
+        in_b2 = self.equi_ratio == 1 if self.in_b2 is None else self.in_b2
+        record = np.full(len(self.equi_views), NOT_IN_B2 if assigned else NOT_ASSIGNED)
         images = []
         if in_b2:
             crop = self.equi_crop(deepcopy(results))
@@ -142,7 +149,7 @@ def _expand(
             'EquivariantViewPipeline: give either views=[...], the pipeline of each view, or '
             "MultiView's transforms=[...] with num_views."
         )
-    pipelines = list(transforms if views is None else views)
+    pipelines = list(views or transforms or [])
     counts = [1] * len(pipelines) if num_views is None else num_views
     counts = [counts] if isinstance(counts, int) else list(counts)
     if len(counts) != len(pipelines):

@@ -51,7 +51,7 @@ def _inner(transform: Any) -> list | None:
     kind = _kind(transform)
     if kind is None or not issubclass(kind, (RandomApply, RandomChoice)):
         return None
-    inner = transform['transforms'] if isinstance(transform, dict) else transform.transforms
+    inner: Any = transform['transforms'] if isinstance(transform, dict) else transform.transforms
     inner = getattr(inner, 'transforms', inner)  # a Compose
     if isinstance(inner, dict):
         return [inner]

@@ -1,0 +1,123 @@
+"""The split of each mini-batch into b1 and b2, with the same number of images in every step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from ser_mm.datasets.transforms import EquivariantViewPipeline
+
+
+class ExactSplit:
+    """Reads a batch from a data set and assigns its images to b1 and b2 (paper, Section 3).
+
+    Of a global batch of B images, ``round(equi_ratio * B)`` are in b2, at least two of them, dealt
+    over the ranks to within one. Which ones is drawn from the seed and the images of the batch, so
+    it depends neither on workers nor on what was trained before.
+
+    It takes the place of ``dataset.__getitems__``, by which torch's loaders read whole batches.
+
+    Args:
+        dataset (Dataset): With images by index, through ``pipelines``.
+        pipelines (Sequence[EquivariantViewPipeline]): Those in the data set, of one ``equi_ratio``.
+        seed (int): Seed of the draw. Defaults to 0.
+        rank (int): This process. Defaults to 0.
+        world_size (int): Processes that share a global batch. Defaults to 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        pipelines: Sequence[EquivariantViewPipeline],
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.pipelines = pipelines
+        self.equi_ratio = pipelines[0].equi_ratio
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def count(self, batch_size: int) -> int:
+        """Images of b2 in a global batch, from the batch size of a rank."""
+        images = batch_size * self.world_size
+        wanted = round(self.equi_ratio * images)
+        # One image has no negatives, so a last, smaller batch has two as well.
+        return max(wanted, min(2, images)) if self.equi_ratio > 0 else 0
+
+    def places(self, indices: Sequence[int]) -> set[int]:
+        """Which images of this rank's batch are in b2, by their places in it."""
+        whole, rest = divmod(self.count(len(indices)), self.world_size)
+        own = min(whole + (self.rank < rest), len(indices))
+        if not own:
+            return set()
+        rng = np.random.default_rng([self.seed, self.rank, *map(int, indices)])
+        return set(rng.choice(len(indices), own, replace=False).tolist())
+
+    def __call__(self, indices: Sequence[int]) -> list[Any]:
+        """Samples of a batch, in the order of ``indices``."""
+        places = self.places(indices)
+        samples = []
+        try:
+            for place, index in enumerate(indices):
+                for pipeline in self.pipelines:
+                    pipeline.in_b2 = place in places
+                samples.append(self.dataset[index])
+        finally:
+            for pipeline in self.pipelines:
+                pipeline.in_b2 = None
+        return samples
+
+
+def split_batches(
+    loader: DataLoader, seed: int = 0, rank: int = 0, world_size: int = 1
+) -> ExactSplit | None:
+    """Let a loader assign the images of its batches to b1 and b2.
+
+    Args:
+        loader (DataLoader): Its workers must not have started yet; changed in place.
+        seed (int): See :class:`ExactSplit`. Defaults to 0.
+        rank (int): See :class:`ExactSplit`. Defaults to 0.
+        world_size (int): See :class:`ExactSplit`. Defaults to 1.
+
+    Returns:
+        ExactSplit | None: None, and nothing is changed, where no pipeline has images in b2.
+
+    Raises:
+        ValueError: If pipelines in the data set differ in ``equi_ratio``, or a global batch is too
+            small for two images in b2.
+    """
+    pipelines = [x for x in _pipelines(loader.dataset) if x.equi_ratio > 0]
+    if not pipelines:
+        return None
+    ratios = sorted({pipeline.equi_ratio for pipeline in pipelines})
+    if len(ratios) > 1:
+        raise ValueError(
+            f'EquivariantViewPipeline: the data sets of a run have equi_ratio={ratios}; give all '
+            'the same.'
+        )
+    split = ExactSplit(loader.dataset, pipelines, seed, rank, world_size)
+    images = (loader.batch_size or 0) * world_size
+    wanted = round(split.equi_ratio * images)
+    if images and wanted < 2:
+        raise ValueError(
+            f'EquivariantViewPipeline: equi_ratio={split.equi_ratio:g} of a global batch of '
+            f'{images} images is {wanted} in b2, and the SER loss contrasts at least two; raise '
+            f'equi_ratio to {2 / images:.2g} or more, or the batch to '
+            f'{int(np.ceil(1.5 / split.equi_ratio)) + 1} images.'
+        )
+    loader.dataset.__getitems__ = split
+    return split
+
+
+def _pipelines(dataset: Any) -> Iterator[EquivariantViewPipeline]:
+    """The view pipelines of a data set, through wrappers and concatenations."""
+    transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+    yield from (x for x in transforms if isinstance(x, EquivariantViewPipeline))
+    inner = [getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())]
+    for part in inner:
+        if part is not None:
+            yield from _pipelines(part)
