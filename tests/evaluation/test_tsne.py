@@ -5,6 +5,7 @@ from ser_mm.evaluation.tsne import measure_classes
 
 
 def test_numbers_of_known_maps():
+    """NumPy draws the same numbers on every processor; of noise, half the neighbours agree."""
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 500)
     noise = rng.normal(size=(1000, 2))
