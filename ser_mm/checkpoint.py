@@ -207,10 +207,12 @@ def _from_timm(name: str) -> str:
 class StrictPretrained:
     """Mixin by which ``init_cfg=dict(type='Pretrained', ...)`` of a backbone is strict."""
 
+    init_cfg: dict | list | None
+
     def init_weights(self) -> None:
         """Initialize by ``init_cfg``, from a checkpoint by :func:`load_backbone`."""
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
             load_backbone(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
             self._is_init = True
         else:
-            super().init_weights()
+            super().init_weights()  # type: ignore[misc]

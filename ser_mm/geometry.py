@@ -9,6 +9,7 @@ then turn counter-clockwise, as :func:`numpy.rot90` does.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,9 +51,9 @@ def matrices(elements: Tensor) -> Tensor:
 
 
 def draw_grid(
-    base: tuple[float, float],
-    scale: tuple[float, float] = (0.7, 1.3),
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    base: Sequence[float],
+    scale: Sequence[float] = (0.7, 1.3),
+    aspect_ratio: Sequence[float] = (3 / 4, 4 / 3),
     generator: torch.Generator | None = None,
 ) -> tuple[int, int]:
     """Draw the resize S of a group element: the grid of tokens to map onto (paper, Section 3).
@@ -61,9 +62,9 @@ def draw_grid(
     height is log-uniform in ``aspect_ratio``; both sides are rounded to whole tokens.
 
     Args:
-        base (tuple[float, float]): Height and width of the base grid, in tokens.
-        scale (tuple[float, float]): Range of the area factor. Defaults to (0.7, 1.3).
-        aspect_ratio (tuple[float, float]): Range of width / height. Defaults to (3 / 4, 4 / 3).
+        base (Sequence[float]): Height and width of the base grid, in tokens.
+        scale (Sequence[float]): Range of the area factor. Defaults to (0.7, 1.3).
+        aspect_ratio (Sequence[float]): Range of width / height. Defaults to (3 / 4, 4 / 3).
         generator (torch.Generator, optional): On the CPU. Defaults to None: torch's own.
 
     Returns:
@@ -102,7 +103,7 @@ def invert(element: Tensor) -> Tensor:
     return element.transpose(-1, -2)
 
 
-def act(maps: Tensor, element: Tensor, size: tuple[int, int]) -> Tensor:
+def act(maps: Tensor, element: Tensor, size: Sequence[int]) -> Tensor:
     """rho_g: move maps by a group element each, onto a grid of another size (paper, Section 3).
 
     ``act(x, g, size)[p] = x[g^-1 p]``, interpolated bicubically with replicated borders, which is

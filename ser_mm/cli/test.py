@@ -97,7 +97,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
     return names
 
 
-def flip_pipeline(pipeline: list[dict]) -> list[dict]:
+def flip_pipeline(pipeline: list[ConfigDict]) -> list[dict]:
     """The pipeline of each image as it is and flipped."""
     *load, pack = deepcopy(pipeline)
     if 'meta_keys' in pack:

@@ -121,8 +121,8 @@ def _report(args: argparse.Namespace, panels: dict[str, dict], classes: list[str
                 f'{key} {result["map"][key]:.3f}' for key in MEASURES
             )
             drawn.setdefault(data, []).append((title, places, labels))
-            rows.append([f'{name}, {data}'])
-            rows[-1] += [result[space][key] for space in ('map', 'features') for key in MEASURES]
+            measures = [result[space][key] for space in ('map', 'features') for key in MEASURES]
+            rows.append([f'{name}, {data}', *measures])
 
     args.out.mkdir(parents=True, exist_ok=True)
     draw_tsne(list(drawn.values()), classes, args.out / 'tsne.png')

@@ -129,7 +129,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
         for size, weight in weights.items():
             counted = _count(model, partial(_empty_views, views, batch_size, size, with_ser))
             total.update({key: weight * value for key, value in counted.items()})
-        return total
+        return dict(total)
 
     whole = count()
     parts = {}
@@ -328,9 +328,7 @@ class TrainingStep:
         return dict(operators=operators.counts.total(), flops=flops.get_total_flops())
 
 
-def take_turns(
-    steps: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 2
-) -> dict[str, dict]:
+def take_turns(steps: Mapping[str, Any], rounds: int, warmup: int = 2) -> dict[str, dict]:
     """Time training steps, one of each after the other, so that ratios are of neighbours.
 
     They hold when the speed of the machine drifts. Progress is written to stderr.
@@ -349,7 +347,7 @@ def take_turns(
     cuda = get_device() == 'cuda'
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     times = {name: [] for name in steps}
-    memory = dict.fromkeys(steps)
+    memory: dict[str, Any] = dict.fromkeys(steps)
     for i in range(warmup + rounds):
         for name, step in steps.items():
             synchronize()

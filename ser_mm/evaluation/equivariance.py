@@ -23,6 +23,8 @@ _ELEMENTS = dict(rot90=1, rot180=2, flip_lr=4, flip_ud=6, scale=0)
 class _Score:
     """Running sums of R2 and of token retrieval."""
 
+    total: Tensor  # by channel, once there is a map
+
     def __init__(self) -> None:
         self.error = self.square = self.total = self.count = 0
         self.hits = self.images = 0
@@ -187,7 +189,7 @@ def equivariance_by_layer(
 
 def _draw(
     name: str, count: int, grid: tuple[int, int], rng: torch.Generator
-) -> tuple[Tensor, tuple[int, int]]:
+) -> tuple[Tensor, Sequence[int]]:
     """Elements (count,) of a batch, and the grid that it is resized to."""
     if name != 'mixture':
         area = 1.3 if name == 'scale' else 1.0

@@ -246,7 +246,7 @@ class CachedFeatures:
         head: nn.Linear | None = None,
         batch_size: int | None = None,
         main_only: bool = False,
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor] | Any:
         """Features and labels of a data set, from the cache or else extracted.
 
         Args:
@@ -268,7 +268,7 @@ class CachedFeatures:
             self.cfg, split, batch_size or self.batch_size, self.num_workers
         )
         rank, world_size = get_dist_info()
-        found = [None, None, None]
+        found: list[Any] = [None, None, None]
         if rank == 0:
             print(f'{split}: looking for features of {len(loader.dataset)} images', flush=True)
             key = self._key(split, loader.dataset, preprocessor, head)

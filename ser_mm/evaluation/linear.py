@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def select_linear_head(
         settings = [list(learning_rates), epochs, batch_size, holdout, seed]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for tensor in (features, labels):
-            digest.update(np.ascontiguousarray(tensor.numpy()))
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
         path = Path(cache_dir, f'head-{digest.hexdigest()[:20]}.npz')
     if path is not None and path.exists():
         with np.load(path) as arrays:
@@ -222,7 +223,7 @@ def fit_head(
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 50,
     probe_batch: int = 256,
-) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor] | None]:
+) -> tuple[nn.Linear, dict, tuple[Tensor, Tensor] | Any]:
     """The linear probe of a run, the same on all ranks.
 
     All ranks extract the features, one fits the head.
@@ -239,8 +240,10 @@ def fit_head(
         labels, None on all ranks but the first.
     """
     train = source.load('train', main_only=True)
-    found = [None]
+    found: list[Any] = [None]
     if is_main_process():
-        found = [select_linear_head(*train, source.cache_dir, learning_rates, epochs, probe_batch)]
+        sweep = learning_rates, epochs, probe_batch
+        features, labels = train
+        found = [select_linear_head(features, labels, source.cache_dir, *sweep)]
     broadcast_object_list(found)
     return *found[0], train

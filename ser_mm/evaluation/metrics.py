@@ -1,5 +1,7 @@
 """Accuracies with confidence intervals."""
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -20,7 +22,7 @@ def accuracy(scores: Tensor, labels: Tensor, confidence: float = 0.95) -> dict:
 
     top, classes = scores.topk(min(5, scores.shape[1]), dim=1)
     hits = (classes == labels.to(scores.device)[:, None]) & top.isfinite()
-    result = dict(images=len(labels))
+    result: dict[str, Any] = dict(images=len(labels))
     for k in (1, 5):
         count = int(hits[:, :k].any(dim=1).sum())
         interval = binomtest(count, len(labels)).proportion_ci(confidence, method='wilson')

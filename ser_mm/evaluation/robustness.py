@@ -7,6 +7,7 @@ https://github.com/hendrycks/robustness.
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
@@ -318,7 +319,9 @@ def measure_perturbations(
         flips[name] = flip_probability(classes, noise='noise' in name)
         if is_main_process():
             print(f'{name}: top-1 {top1[name]:.4f}, flips {flips[name]:.4f}', flush=True)
-    result = dict(top1=top1, flips=flips, missing=list(missing), FR=flip_rates(flips))
+    result: dict[str, Any] = dict(
+        top1=top1, flips=flips, missing=list(missing), FR=flip_rates(flips)
+    )
     if flips:
         means = [sum(values.values()) / len(values) for values in (top1, flips)]
         result |= dict(zip(('mean_top1', 'mean_flips'), means, strict=True))

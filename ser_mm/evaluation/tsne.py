@@ -104,7 +104,7 @@ def load_panels(
         features, labels = source.load(name)
         # Labels count the classes of the data set; from here on, those that are shown.
         panels[name] = F.normalize(features).numpy(), np.unique(labels, return_inverse=True)[1]
-    return panels, list(classes)
+    return panels, list(classes or ())
 
 
 def embed(features: np.ndarray, perplexity: float = 30, seed: int = 0) -> np.ndarray:

@@ -51,14 +51,16 @@ def evaluate(
     set_random_seed(cfg.randomness.seed)  # of the untrained network
     cache = Path(f'{cfg.work_dir}.features')  # for an interruption: those of ImageNet take long
     source = CachedFeatures(cfg, checkpoint, cache, num_workers=num_workers)
-    features = [x for split in ('train', 'val') for x in source.load(split)]
-    solver = solver or choose_solver(len(features[0]))
+    train, train_labels = source.load('train')
+    val, val_labels = source.load('val')
+    sets = train, train_labels, val, val_labels
+    solver = solver or choose_solver(len(train))
     with token_maps_of(source.network.backbone) as token_maps:
         batches = spaced_images(cfg, 'val', images, num_workers=num_workers)
         layers = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
     found = dict(
-        probe=linear_probe(*features, solver=solver, cache_dir=cache),
-        knn=knn_probe(*features),
+        probe=linear_probe(*sets, solver=solver, cache_dir=cache),
+        knn=knn_probe(*sets),
         layers=layers,
     )
     write_text(file, json.dumps(dict(found, about=about), indent=1))

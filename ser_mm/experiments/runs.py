@@ -162,7 +162,8 @@ class Training:
             if not running and len(statuses) == len(self._runs):
                 return
             time.sleep(0.2)
-            self._progress.tell(running)
+            if self._progress:
+                self._progress.tell(running)
 
     def end(self) -> None:
         """Stop the runs that have not ended."""

@@ -300,7 +300,7 @@ def run_sweeps(
                 )
                 for own in by_seed.values()
             ]
-        text = report_sweep(out, sweep, results, seeds)
+        text = report_sweep(out, sweep, results, list(seeds))
         write_results(out, sweep, dict(seeds=list(seeds), results=results), text)
     print(f'Figures are beside them ({time.monotonic() - start:.0f} s).')
     return out

@@ -233,15 +233,17 @@ def _preprocessor(
                 stacklevel=2,
             )
         config.setdefault('patch_size', stride)
-        given = MODELS.build(config)
-    elif not isinstance(given, SERDataPreprocessor):
+        built = MODELS.build(config)
+    elif isinstance(given, SERDataPreprocessor):
+        built = given
+    else:
         raise _not_splitting(type(given))
-    if given.patch_size != stride:
+    if built.patch_size != stride:
         raise ValueError(
-            f'SERAlgorithm: data_preprocessor.patch_size={given.patch_size}, but a token of the '
+            f'SERAlgorithm: data_preprocessor.patch_size={built.patch_size}, but a token of the '
             f'backbone covers {stride} pixels; leave it out, or set patch_size={stride}.'
         )
-    return given
+    return built
 
 
 def _not_splitting(kind: type) -> ValueError:

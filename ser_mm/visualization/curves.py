@@ -1,5 +1,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -36,11 +37,13 @@ def draw_curves(
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.remove()
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes[: len(panels)]:
         handles |= {
             label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
     if len(handles) > 1:
-        figure.legend(handles.values(), handles, loc='outside lower center', ncols=len(handles))
+        figure.legend(
+            [*handles.values()], [*handles], loc='outside lower center', ncols=len(handles)
+        )
     figure.savefig(file, dpi=150)

@@ -42,7 +42,7 @@ def draw_views(
     """
     figure = Figure(figsize=(1.7 * num_images, 7.5), layout='constrained')
     for part, (name, rows) in zip(
-        figure.subfigures(2, 1),
+        figure.subfigures(2, 1, squeeze=False).flatten(),
         {
             'b1: views of the base policy': [view.base for view in views],
             'b2: one crop, two photometric draws, an element of D4 and a resize per view': [
