@@ -110,7 +110,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 
 def _is_ser(model: dict) -> bool:
     kind = model.get('type')
-    return (kind if isinstance(kind, str) else kind.__name__).endswith('SERAlgorithm')
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    return name.endswith('SERAlgorithm')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
