@@ -6,15 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.support.paths import ROOT
+from tests.support.rounding import rounding
 
 pytestmark = pytest.mark.slow
 
 
 def run(name, *args, check=True):
     command = [sys.executable, ROOT / 'benchmarks' / name, *map(str, args)]
-    env = dict(os.environ, OMP_NUM_THREADS='1')
+    env = {'OMP_NUM_THREADS': '1', **os.environ}
     return subprocess.run(command, cwd=ROOT, env=env, check=check, text=True, capture_output=True)
 
 
@@ -25,7 +27,9 @@ def test_loss(tmp_path):
     assert result['about']['device'] and '| 256 |' in table.stdout
     assert out.with_suffix('.png').stat().st_size > 1000
     for row in result['variants'].values():
-        assert row['SERHead']['loss'] == pytest.approx(row['direct']['loss'], rel=1e-5)
+        # In float32 two logits of at most 2 are off by 15 operations, a sum by those of 256 terms.
+        bound = rounding(2 * (2 * 2 * 15 + 256), 1, torch.float32)
+        assert row['SERHead']['loss'] == pytest.approx(row['direct']['loss'], abs=bound)
 
 
 def test_step(tmp_path):

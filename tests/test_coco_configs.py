@@ -26,6 +26,8 @@ from tests.support.detection import (
     on_digits,
 )
 
+# Of float64, as for the tiny networks that tests/models checks it for.
+CLOSE = dict(rtol=1e-9, atol=1e-9)
 CLS_FROM_INPUT = {'model.backbone.cls_layer': 0}  # as in weights of other algorithms
 
 
@@ -110,7 +112,7 @@ def test_frozen_backbone_stays_bit_identical_and_out_of_the_optimizer(name, digi
     assert kept == 0
     for output, reference in zip(outputs, expected, strict=True):
         assert not output.requires_grad
-        assert torch.equal(output, reference)
+        assert torch.equal(output, reference)  # by the same operations
     assert model.neck.training
 
 
@@ -195,10 +197,11 @@ def test_timm_weights_load_by_the_same_config(tmp_path, suffix):
     )
     ours = DETECTORS.build(cfg.model.backbone)
     ours.init_weights()
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64)
     with torch.no_grad():
-        expected = theirs.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
-    torch.testing.assert_close(ours(images)[0], expected, atol=1e-4, rtol=1e-4)
+        tokens = theirs.double().forward_features(images)[:, 1:]
+    expected = tokens.transpose(1, 2).unflatten(2, (14, 14))
+    torch.testing.assert_close(ours.double()(images)[0], expected, **CLOSE)
 
 
 def test_plain_vit_classifier_loads_by_the_same_config(tmp_path):
@@ -216,10 +219,10 @@ def test_plain_vit_classifier_loads_by_the_same_config(tmp_path):
     ours.init_weights()
     classifier.backbone.out_type = 'featmap'
     classifier.backbone.train(False)
-    images = torch.randn(1, 3, 224, 160)
+    images = torch.randn(1, 3, 224, 160, dtype=torch.float64)
     with torch.no_grad():
-        expected = classifier.backbone(images)[0]
-    torch.testing.assert_close(ours(images)[0], expected, atol=1e-5, rtol=1e-5)
+        expected = classifier.backbone.double()(images)[0]
+    torch.testing.assert_close(ours.double()(images)[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize('name', ['mask-rcnn_vits16', 'retinanet_vits16'])

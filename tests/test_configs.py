@@ -62,7 +62,7 @@ def test_trains(config, imagenet_tree, tmp_path):
     run = subprocess.run(
         [*command, '--cfg-options', *options],
         cwd=ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        env={'OMP_NUM_THREADS': '1', **os.environ},
         text=True,
         capture_output=True,
     )

@@ -32,7 +32,7 @@ def in_process(function, *args) -> int:
 
 
 def _quiet(function, *args):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     try:
         function(*args)
     except BaseException:

@@ -75,7 +75,7 @@ def test_counting_takes_no_memory():
     counted = count_step(config(ALGORITHMS['mocov3'], short_run.equivariant_views(2e-6)), 10**6)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert counted['flops'] > 10**14
-    assert after - before < 2**20  # KiB; tensors without values take none, one view would take 12 GB
+    assert after - before < 2**20  # KiB; no values, no memory: one view would take 12 GB
 
 
 @pytest.mark.slow
