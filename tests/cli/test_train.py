@@ -173,6 +173,7 @@ def test_missing_or_empty_data_folder_is_one_sentence(content, tmp_path):
 
 @pytest.mark.slow
 def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(imagenet_tree, tmp_path):
+    """After a step of 1e30, products of weights overflow to both infinities, whose sum is nan."""
     args = short(imagenet_tree, 'optim_wrapper.optimizer.lr=1e30', 'param_scheduler=[]', epochs=2)
     args += ['train_dataloader.batch_size=4', 'default_hooks.checkpoint.by_epoch=False']
     run = train(CONFIG, '--work-dir', tmp_path, *args, 'custom_hooks.1.interval=1', check=False)
