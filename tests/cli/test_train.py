@@ -16,6 +16,7 @@ import torch
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / 'configs' / 'ser_mocov3_vits16.py'
+HANGS = 1800  # seconds, many times what a run takes on two cores
 
 
 def short(data_root, *extra: str, epochs: int = 1) -> list[str]:
@@ -88,7 +89,7 @@ def test_killed_run_resumes_and_ends_as_the_uninterrupted_one(imagenet_tree, tmp
     args = short(imagenet_tree, epochs=2)
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     run = dist_train('--work-dir', whole, *args)
-    out, _ = run.communicate(timeout=500)
+    out, _ = run.communicate(timeout=HANGS)
     assert run.returncode == 0, out
 
     run = dist_train('--work-dir', killed, *args)
@@ -99,7 +100,7 @@ def test_killed_run_resumes_and_ends_as_the_uninterrupted_one(imagenet_tree, tmp
     assert (killed / 'epoch_1.pth').exists() and not (killed / 'epoch_2.pth').exists()
 
     run = dist_train('--work-dir', killed, '--resume', *args)
-    out, _ = run.communicate(timeout=500)
+    out, _ = run.communicate(timeout=HANGS)
     assert run.returncode == 0, out
     assert 'Epoch(train) [1]' not in out and 'Epoch(train) [2][4/4]' in out
     a, b = (torch.load(d / 'epoch_2.pth', weights_only=False) for d in (whole, killed))

@@ -10,7 +10,9 @@ So tests compare
 - whole evaluations in float32, where the network is, within ``FLOAT32_NETWORK``;
 - shares and means of random draws within a number of deviations. Generators on the host draw the
   same numbers on every processor (normal ones to rounding), so what a seed passes, it passes
-  everywhere.
+  everywhere;
+- a few operations on Python's numbers, or one on float32's, by ``pytest.approx``, whose default of
+  1e-6 is above 16 of those.
 """
 
 import torch
