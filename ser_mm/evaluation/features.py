@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
@@ -19,13 +20,16 @@ from mmengine.config import Config
 from mmengine.dataset import default_collate
 from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info
-from mmengine.utils import track_iter_progress
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ser_mm.evaluation.backbone import as_config, build_backbone
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
+
+SECONDS = 15
+"""Between two lines of progress."""
 
 
 class Embedder(nn.Module):
@@ -270,7 +274,7 @@ class CachedFeatures:
         rank, world_size = get_dist_info()
         found: list[Any] = [None, None, None]
         if rank == 0:
-            print(f'{split}: looking for features of {len(loader.dataset)} images', flush=True)
+            print(f'{split}: features of {len(loader.dataset)} images', flush=True)
             key = self._key(split, loader.dataset, preprocessor, head)
             path = self.cache_dir / f'{split.replace("/", "-")}-{key}.npz'
             # Another process may be after the same features: each has part files of its own.
@@ -279,7 +283,7 @@ class CachedFeatures:
         path, cached, run = found
         if not cached:
             self.network.set_head(head)
-            batches = track_iter_progress((loader, len(loader))) if rank == 0 else loader
+            batches = _told(loader, split) if rank == 0 else loader
             parts = [path.with_suffix(f'.{run}.part{i}.npz') for i in range(world_size)]
             _save(parts[rank], *extract_features(self.network, preprocessor, batches))
             barrier()
@@ -349,6 +353,18 @@ def load_features(
     """
     source = CachedFeatures(cfg, checkpoint, cache_dir, blocks, batch_size, num_workers)
     return source.load(split, head, main_only=main_only)
+
+
+def _told(loader: DataLoader, split: str) -> Iterator[dict]:
+    """The batches of a loader; now and then it is said how many there were."""
+    start = said = time.monotonic()
+    for done, batch in enumerate(loader):
+        now = time.monotonic()
+        if done and now - said > SECONDS:
+            said, left = now, (now - start) / done * (len(loader) - done)
+            progress = f'{done}/{len(loader)} batches, {left:.0f} s left'
+            print(f'[{now - start:4.0f} s] {split}: {progress}', flush=True)
+        yield batch
 
 
 def _save(path: Path, features: Tensor, labels: Tensor) -> None:

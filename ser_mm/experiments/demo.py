@@ -4,7 +4,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def run_demo(
         print(f'seed {seed}: pretraining {" and ".join(first)}; logs are in {out}/seed{seed}')
         train(first)
         clock.stop('training')
-        with training(rest) as started:  # goes on in the background
+        with training(rest, beside=1) as started, _threads(1):  # it goes on meanwhile
             _measure({'untrained': untrained, **first}, results, seed, layer, images)
             clock.stop('evaluation')
             if seed == seeds[0]:
@@ -153,6 +154,17 @@ def _measure(
     for name, cfg in networks.items():
         print(f'seed {seed}: evaluating {name}', flush=True)
         results[name].append(figures(cfg, finished(cfg), layer, images))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Leave cores to other processes: torch's threads would wait for each other busily."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Clock:

@@ -60,7 +60,10 @@ def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None 
 
 @contextmanager
 def training(
-    runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None = None
+    runs: Mapping[str, Config],
+    jobs: int | None = None,
+    gpus: int | None = None,
+    beside: int = 0,
 ) -> Iterator['Training']:
     """Start to train what is not trained yet; runs that were interrupted go on where they were.
 
@@ -74,6 +77,8 @@ def training(
         jobs (int, optional): Runs at one time. Defaults to None: all.
         gpus (int, optional): GPUs of each run, or CPU processes where there is no GPU, by
             torchrun. Defaults to None: one process without launcher.
+        beside (int): Processes beside the runs that the cores are to be shared with, as this one
+            if it works meanwhile. Defaults to 0.
 
     Yields:
         Training: The runs. Those for which there was room have started.
@@ -94,7 +99,7 @@ def training(
         if not finished(cfg):
             waiting[name] = cfg
     jobs = min(jobs or len(waiting), len(waiting))
-    slots = [_environment(slot, jobs, gpus) for slot in range(jobs)]
+    slots = [_environment(slot, jobs, gpus, beside) for slot in range(jobs)]
     for cfg in runs.values():  # nothing is written if a run is refused
         Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
         write_text(Path(f'{cfg.work_dir}.py'), cfg.pretty_text)
@@ -195,10 +200,13 @@ def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> lis
     return [*train, '--launcher', 'pytorch'] if gpus else train
 
 
-def _environment(slot: int, jobs: int, gpus: int | None) -> dict[str, str]:
+def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[str, str]:
     """Cores, GPUs and port of the runs that take turns in a slot."""
-    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * (gpus or 1)))
+    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * (gpus or 1) + beside))
     own = dict(OMP_NUM_THREADS=str(threads))
+    # By default a thread that waits for the others keeps its core busy. Where cores are shared,
+    # steps of the demo on two threads then took 8 times as long.
+    own['OMP_WAIT_POLICY'] = os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')
     if (ROOT / 'pyproject.toml').is_file():  # a checkout, which need not be installed
         own['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     if gpus:
