@@ -22,12 +22,12 @@ def format_mean(values: Sequence[float], form: str = '.3f') -> str:
     """Mean of a sample and, if its values differ, standard deviation: '0.640 ± 0.019'.
 
     Args:
-        values (Sequence[float]): One or more; of values that were not measured, nan, '-' is shown.
+        values (Sequence[float]): One or more; '-' is shown where one is nan, not measured.
         form (str): Format of both. Defaults to '.3f'.
     """
-    mean, deviation = mean_and_deviation(values)
-    if math.isnan(mean):
+    if any(map(math.isnan, values)):
         return '-'
+    mean, deviation = mean_and_deviation(values)
     return f'{mean:{form}} ± {deviation:{form}}' if len(set(values)) > 1 else f'{mean:{form}}'
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ser_mm.engine.configs import find_config
-from ser_mm.experiments.sweeps import load_base, points, run_config
+from ser_mm.experiments.sweeps import load_base, points, report_sweep, run_config
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -89,6 +90,17 @@ def test_explicit_channels_follow_the_layer_too():
         (c.model.neck.in_channels, c.model.data_preprocessor.patch_size) for c in found.values()
     ]
     assert settings == [(256, 4), (512, 8), (1024, 16), (2048, 32)]
+
+
+@pytest.mark.parametrize('file', sorted((ROOT / 'docs/results/ablations').glob('*.json')))
+def test_published_sweeps_are_reported_from_their_results(file, tmp_path):
+    content = json.loads(file.read_text())
+    table = report_sweep(tmp_path, file.stem, content['results'], content['seeds'])
+    runs = content['results']['SER' if 'SER' in content['results'] else '2']
+    cells = [x.strip() for x in table.splitlines()[-3].split('|')]
+    assert cells[0] == '' and len(cells) == 9 and f'Seeds {content["seeds"]}' in table
+    assert f'{statistics.mean(run["probe"] for run in runs):.3f} ± ' in table
+    assert (tmp_path / f'{file.stem}_blocks.png').stat().st_size > 10000
 
 
 def test_schedules_follow_the_epochs():
