@@ -31,10 +31,11 @@ demo: env
 demo-detection: env-operators
 	.venv/bin/python tools/demo_detection.py --algorithm $(ALGORITHM) $(DEMO_ARGS)
 
-lint: env-dev docs
+lint: env-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m mypy
+	@$(MAKE) --no-print-directory docs
 
 docs: env-dev
 	.venv/bin/python -m sphinx -W --keep-going -q docs work_dirs/docs

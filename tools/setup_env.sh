@@ -52,7 +52,8 @@ install() {
 uv_fits() {
   local other='index-url|no-index|proxy|trusted-host|client-cert'
   [[ -n ${SSL_CERT_FILE:-} ]] || other+='|cert'
-  ! "$python" -m pip config list | grep -qE "\.($other)="
+  pip_settings=${pip_settings-$("$python" -m pip config list)}
+  ! grep -qE "\.($other)=" <<<"$pip_settings"
 }
 
 # imaug, which mmdet needs, and numpy 2.2 have no common release for 3.14.
@@ -211,6 +212,6 @@ for stage in $stages; do
     rm -f "$VENV/ser_mm.$stage.stamp"
     $stage
     fingerprint >"$VENV/ser_mm.$stage.stamp"
-    echo "$VENV is ready${stage:+ ($stage)}."
+    echo "$VENV is ready ($stage)."
   fi
 done
