@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
@@ -23,13 +22,10 @@ from mmengine.dist import barrier, broadcast_object_list, get_dist_info
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from ser_mm.engine.logs import tell_progress
 from ser_mm.evaluation.backbone import as_config, build_backbone
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
-
-SECONDS = 15
-"""Between two lines of progress."""
 
 
 class Embedder(nn.Module):
@@ -283,7 +279,9 @@ class CachedFeatures:
         path, cached, run = found
         if not cached:
             self.network.set_head(head)
-            batches = _told(loader, split) if rank == 0 else loader
+            batches = loader
+            if rank == 0:
+                batches = tell_progress(loader, len(loader), f'{split}: batch')
             parts = [path.with_suffix(f'.{run}.part{i}.npz') for i in range(world_size)]
             _save(parts[rank], *extract_features(self.network, preprocessor, batches))
             barrier()
@@ -353,18 +351,6 @@ def load_features(
     """
     source = CachedFeatures(cfg, checkpoint, cache_dir, blocks, batch_size, num_workers)
     return source.load(split, head, main_only=main_only)
-
-
-def _told(loader: DataLoader, split: str) -> Iterator[dict]:
-    """The batches of a loader; now and then it is said how many there were."""
-    start = said = time.monotonic()
-    for done, batch in enumerate(loader):
-        now = time.monotonic()
-        if done and now - said > SECONDS:
-            said, left = now, (now - start) / done * (len(loader) - done)
-            progress = f'{done}/{len(loader)} batches, {left:.0f} s left'
-            print(f'[{now - start:4.0f} s] {split}: {progress}', flush=True)
-        yield batch
 
 
 def _save(path: Path, features: Tensor, labels: Tensor) -> None:

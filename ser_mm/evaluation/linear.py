@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
 
+from ser_mm.engine.logs import tell_progress
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.metrics import accuracy
 
@@ -130,8 +130,7 @@ def fit_linear_heads(
     steps = epochs * -(-count // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
-    print(f'Linear probe: {epochs} epochs', flush=True)
-    for _ in track_iter_progress(range(epochs)):
+    for _ in tell_progress(range(epochs), epochs, 'linear probe: epoch'):
         for batch in torch.randperm(count, generator=order).to(device).split(batch_size):
             logits = torch.baddbmm(bias, features[batch].expand(len(rates), -1, -1), weight)
             target = labels[batch].expand(len(rates), -1)

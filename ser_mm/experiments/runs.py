@@ -15,13 +15,11 @@ import torch
 from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 
-from ser_mm.engine.logs import read_scalars
+from ser_mm.engine.logs import SECONDS, read_scalars
 from ser_mm.evaluation.results import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package, a checkout or where packages are installed."""
-SECONDS = 15
-"""Between two lines of progress."""
 
 
 class RunError(RuntimeError):
