@@ -87,9 +87,10 @@ def keep_worker_seed(worker_id: int) -> None:
 
 @HOOKS.register_module()
 class EquivariantSplitHook(Hook):
-    """Let every batch have as many images in b2 as ``equi_ratio`` says, see :class:`ExactSplit`.
+    """Let every batch have as many images in b2 as ``equi_ratio`` says.
 
-    Without an :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing.
+    See :class:`~ser_mm.datasets.ExactSplit`. Without an
+    :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing.
     """
 
     priority = 'VERY_HIGH'
