@@ -204,9 +204,9 @@ def report_costs(config: dict, baseline: dict, config_name: str, baseline_name: 
         ]
         text += [
             make_table(['where the difference is', 'GFLOPs', 'of the baseline'], rows),
-            f'Against a baseline with the same [CLS]: {config["ratio_without_late_cls"]:.4f}. '
-            'Counted: matrix products, convolutions and attention, forward and backward. Not '
-            'counted:\nwhat works element by element, as grid_sample, by which rho moves maps.',
+            f'Against a baseline with the same [CLS]: {config["ratio_without_late_cls"]:.4f}.',
+            'Counted: matrix products, convolutions and attention, forward and backward.\n'
+            'Not counted: what works element by element, and grid_sample, by which rho moves maps.',
         ]
     return '\n\n'.join(text)
 

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
+from ser_mm.engine import EpochSeedHook
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -21,11 +25,11 @@ HANGS = 1800  # seconds, many times what a run takes on two cores
 
 
 def short(data_root, *extra: str, epochs: int = 1) -> list[str]:
-    """Arguments that shorten a shipped ViT recipe to a few steps of two images."""
+    """Arguments that shorten a shipped ViT recipe to a few steps of four images, two in b2."""
     return [
         '--cfg-options',
         f'train_cfg.max_epochs={epochs}',
-        'train_dataloader.batch_size=2',
+        'train_dataloader.batch_size=4',
         'train_dataloader.num_workers=1',
         f'train_dataloader.dataset.data_root={data_root}',
         'train_dataloader.dataset.pipeline.1.equi_ratio=0.5',
@@ -87,7 +91,7 @@ def assert_same(a, b, place='') -> None:
 
 @pytest.mark.slow
 def test_killed_run_resumes_and_ends_as_the_uninterrupted_one(imagenet_tree, tmp_path):
-    args = short(imagenet_tree, epochs=2)
+    args = short(imagenet_tree, 'train_dataloader.batch_size=2', epochs=2)
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     run = dist_train('--work-dir', whole, *args)
     out, _ = run.communicate(timeout=HANGS)
@@ -116,12 +120,6 @@ def test_killed_run_resumes_and_ends_as_the_uninterrupted_one(imagenet_tree, tmp
 
 def test_epochs_and_workers_draw_different_views(imagenet_tree):
     """MMEngine's own worker seeds repeat in every epoch; ours depend on the epoch."""
-    from mmengine.config import Config
-    from mmengine.registry import init_default_scope
-    from mmengine.runner import Runner
-
-    from ser_mm.engine import EpochSeedHook
-
     cfg = Config.fromfile(CONFIG)
     init_default_scope('mmpretrain')
     cfg.train_dataloader.update(batch_size=4, num_workers=2, sampler=dict(shuffle=False))
@@ -144,6 +142,8 @@ def test_epochs_and_workers_draw_different_views(imagenet_tree):
 def test_corrupt_image_among_good_ones_is_skipped_and_named(imagenet_tree, tmp_path):
     folder = tmp_path / 'data' / 'train' / 'class'
     shutil.copytree(imagenet_tree / 'train' / 'n00000000', folder)
+    for image in sorted(imagenet_tree.glob('train/n00000001/*'))[:3]:
+        shutil.copy(image, folder)  # with the bad one, two batches
     bad = folder / 'bad.JPEG'
     bad.write_bytes(b'\xff\xd8 this is no image')
     run = train(CONFIG, '--work-dir', tmp_path / 'work', *short(tmp_path / 'data'))
@@ -176,9 +176,13 @@ def test_missing_or_empty_data_folder_is_one_sentence(content, tmp_path):
 @pytest.mark.slow
 def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(imagenet_tree, tmp_path):
     """After a step of 1e30, products of weights overflow to both infinities, whose sum is nan."""
+    hooks = [hook.type for hook in Config.fromfile(CONFIG).custom_hooks]
+    place = hooks.index('NonFiniteLossHook')
     args = short(imagenet_tree, 'optim_wrapper.optimizer.lr=1e30', 'param_scheduler=[]', epochs=2)
-    args += ['train_dataloader.batch_size=4', 'default_hooks.checkpoint.by_epoch=False']
-    run = train(CONFIG, '--work-dir', tmp_path, *args, 'custom_hooks.1.interval=1', check=False)
+    args += ['default_hooks.checkpoint.by_epoch=False']
+    run = train(
+        CONFIG, '--work-dir', tmp_path, *args, f'custom_hooks.{place}.interval=1', check=False
+    )
     assert run.returncode != 0
     last = run.stdout.strip().splitlines()[-1]
     assert re.search(r'not finite at iteration \d+: loss=nan, loss_inv=\S+, loss_ser=\S+', last)
