@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 DEMO = 'demo/ser_mocov3'
 TINY = [
     'train_cfg.max_epochs=1',
-    'train_dataloader.batch_size=8',
+    'train_dataloader.batch_size=16',
     'train_dataloader.dataset.train_per_picture=2',
     'train_dataloader.dataset.val_per_picture=2',
     'evaluation.train.train_per_picture=2',
