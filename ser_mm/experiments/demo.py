@@ -24,7 +24,7 @@ from ser_mm.evaluation.backbone import build_backbone, build_model
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table, write_text
 from ser_mm.experiments.figures import evaluate
-from ser_mm.experiments.runs import finished, train, training
+from ser_mm.experiments.runs import check_settings, finished, train, training
 from ser_mm.experiments.sweeps import load_base, points, run_config, ser_layer
 from ser_mm.views import ViewBatch
 from ser_mm.visualization import draw_losses, draw_token_maps, draw_views, restore_images
@@ -98,8 +98,10 @@ def run_demo(
     out = work_dir / algorithm
     results: dict[str, list[dict]] = {name: [] for name in ('untrained', *ARMS)}
     clock = _Clock()
-    for seed in seeds:
-        arms = demo_configs(algorithm, seed, work_dir, cfg_options)
+    configs = {seed: demo_configs(algorithm, seed, work_dir, cfg_options) for seed in seeds}
+    for cfg in (cfg for arms in configs.values() for cfg in arms.values()):
+        check_settings(cfg)  # of all arms, before the first is trained
+    for seed, arms in configs.items():
         layer = ser_layer(arms['SER'], arms['SER'])
         val = DATASETS.build(arms['SER'].evaluation.val)
         images = max(1, len(val) // STRIDE)

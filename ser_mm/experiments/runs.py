@@ -39,6 +39,23 @@ def finished(cfg: Config) -> str | None:
     return str(final) if done else None
 
 
+def check_settings(cfg: Config) -> None:
+    """Check that the folder of a run is new, or holds this run.
+
+    Args:
+        cfg (Config): Config of the run, with ``work_dir``.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+    config = Path(f'{cfg.work_dir}.py')
+    if config.exists() and _settings(config.read_text()) != _settings(cfg.pretty_text):
+        raise ValueError(
+            f'{cfg.work_dir} holds a run with other settings ({config}); remove it or choose '
+            'another --work-dir.'
+        )
+
+
 def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None = None) -> None:
     """Train what is not trained yet, and wait for it.
 
@@ -86,16 +103,9 @@ def training(
         ValueError: If a folder holds a run with other settings, or if there are not enough GPUs.
             Nothing is written or trained then.
     """
-    waiting = {}
-    for name, cfg in runs.items():
-        config = Path(f'{cfg.work_dir}.py')
-        if config.exists() and _settings(config.read_text()) != _settings(cfg.pretty_text):
-            raise ValueError(
-                f'{cfg.work_dir} holds a run with other settings ({config}); remove it or choose '
-                'another --work-dir.'
-            )
-        if not finished(cfg):
-            waiting[name] = cfg
+    for cfg in runs.values():
+        check_settings(cfg)
+    waiting = {name: cfg for name, cfg in runs.items() if not finished(cfg)}
     jobs = min(jobs or len(waiting), len(waiting))
     slots = [_environment(slot, jobs, gpus, beside) for slot in range(jobs)]
     for cfg in runs.values():  # nothing is written if a run is refused

@@ -19,6 +19,16 @@ def test_published_tables_follow_from_their_results(algorithm):
     assert published.startswith(summarize(content['results']))
 
 
+def test_other_settings_of_the_last_arm_are_refused_before_training(tmp_path):
+    kept = tmp_path / 'mocov3' / 'seed0' / 'views_only.py'
+    kept.parent.mkdir(parents=True)
+    kept.write_text("default_scope = 'mmpretrain'")
+    assert 'views_only holds a run with other settings' in run_command(
+        'demo', '--work-dir', tmp_path
+    )
+    assert list(kept.parent.iterdir()) == [kept]
+
+
 @pytest.mark.slow
 def test_demo_from_training_to_pictures(tmp_path, capsys):
     data = dict(data_root=tmp_path / 'photos', train_per_picture=8, val_per_picture=4)
