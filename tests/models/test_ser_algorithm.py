@@ -1,21 +1,17 @@
 """SERAlgorithm: what each loss reaches, what it is worth, and that it only adds."""
 
 import copy
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MessageHub
 
+from benchmarks.step import TwoPassViT
 from ser_mm.models import SERVisionTransformer
 from tests.support import reference, short_run
 from tests.support.algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build, two_views
-from tests.support.paths import ROOT
 from tests.support.rounding import assert_far_above_rounding
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-from step import TwoPassViT  # noqa: E402
 
 # Of float64, see test_tolerances_are_far_above_rounding; gradients are around 1e-3.
 CLOSE = dict(rtol=1e-8, atol=1e-10)
