@@ -71,9 +71,11 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
             return torch.load(
                 io.BytesIO(data), map_location=map_location, weights_only=not _trusted
             )
-    except ImportError:
+    except (ImportError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
+        if not data.startswith((b'PK\x03\x04', b'\x80')):  # neither of torch's two formats
+            raise _damaged(checkpoint, data, error) from error
         raise pickle.UnpicklingError(
             f'{checkpoint} holds more than data, and reading it could run code from it; if you '
             'made it yourself, or trust who did, add --trust-checkpoint to the command. '

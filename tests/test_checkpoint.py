@@ -200,6 +200,14 @@ def test_getattr_in_a_checkpoint_reaches_nothing(tmp_path):
         read_weights(str(tmp_path / 'bad.pth'))
 
 
+@pytest.mark.parametrize('content', [b'x', bytes(1000), b'<html>not found</html>'])
+def test_what_is_not_of_torch_is_damage_and_not_harm(tmp_path, content):
+    """The advice to trust such a file would be wrong."""
+    (tmp_path / 'a.pth').write_bytes(content)
+    with pytest.raises(ValueError, match='a.pth .* cannot be read as a checkpoint'):
+        read_weights(str(tmp_path / 'a.pth'))
+
+
 @pytest.mark.parametrize('part', [0, 0.5, 0.99])
 def test_damaged_checkpoint(checkpoint, tmp_path, part):
     data = checkpoint[0].read_bytes()

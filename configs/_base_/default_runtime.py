@@ -10,9 +10,9 @@ default_hooks = dict(
 )
 custom_hooks = [
     dict(type='EpochSeedHook'),
+    dict(type='NonFiniteLossHook', interval=50),
     dict(type='EquivariantSplitHook'),
     dict(type='MomentumUpdateHook'),
-    dict(type='NonFiniteLossHook', interval=50),
 ]
 
 env_cfg = dict(

@@ -224,4 +224,6 @@ def one_sentence(
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except errors as error:
+        if os.environ.get('SER_MM_TRACEBACK'):
+            raise
         sys.exit(f'error{f" on rank {get_rank()}" if is_distributed() else ""}: {error}')

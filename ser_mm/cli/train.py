@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
 from ser_mm.datasets import split_batches
-from ser_mm.engine.checkpointing import resume_newest
+from ser_mm.engine.checkpointing import check_same_on_all_ranks, resume_newest
 from ser_mm.engine.checks import DATALOADERS, check_coco, check_data
 from ser_mm.engine.cpu import (
     adapt_to_device,
@@ -141,6 +141,7 @@ def _train(args: argparse.Namespace) -> None:
         init_cpu_process_group(cfg.launcher, timeout)
         adapt_to_device(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        check_same_on_all_ranks(cfg)
         # Builds the data set and the views, and what is wrong with them shows.
         split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
     # What fails from here on is as likely an error of the code, which needs its traceback.

@@ -40,6 +40,7 @@ class ExactSplit:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.epoch = 0
 
     def count(self, batch_size: int) -> int:
         """Images of b2 in a global batch, from the batch size of a rank."""
@@ -54,7 +55,7 @@ class ExactSplit:
         own = min(whole + (self.rank < rest), len(indices))
         if not own:
             return set()
-        rng = np.random.default_rng([self.seed, self.rank, *map(int, indices)])
+        rng = np.random.default_rng([self.seed, self.epoch, self.rank, *map(int, indices)])
         return set(rng.choice(len(indices), own, replace=False).tolist())
 
     def __call__(self, indices: Sequence[int]) -> list[Any]:
@@ -100,7 +101,7 @@ def split_batches(
             'the same.'
         )
     split = ExactSplit(loader.dataset, pipelines, seed, rank, world_size)
-    images = (loader.batch_size or 0) * world_size
+    images = batch_size_of(loader) * world_size
     wanted = round(split.equi_ratio * images)
     if images and wanted < 2:
         raise ValueError(
@@ -111,6 +112,11 @@ def split_batches(
         )
     loader.dataset.__getitems__ = split
     return split
+
+
+def batch_size_of(loader: DataLoader) -> int:
+    """Images per batch of a rank; 0 where a batch sampler of its own does not tell."""
+    return loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 0
 
 
 def _pipelines(dataset: Any) -> Iterator[EquivariantViewPipeline]:

@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -16,7 +16,6 @@ from mmpretrain.registry import HOOKS
 
 from ser_mm.checkpoint import read_checkpoint
 
-_NUMBERED = re.compile(r'(epoch|iter)_(\d+)\.pth')
 _PART = '.part'
 
 
@@ -83,8 +82,9 @@ def _rename_when_written(part: str, path: str) -> None:
 def find_resumable(cfg: Config) -> str | None:
     """The newest checkpoint of a run's folder that can be read; those passed over are logged.
 
-    ``last_checkpoint``, which MMEngine goes by, holds an absolute path: in a copied folder it names
-    the original, and it may name a file that is cut off.
+    The file in this folder that ``last_checkpoint`` names comes first, as a run may have gone on
+    from an earlier one than the last; its path is not followed, as in a copied folder it is that of
+    the original. Later ones, of a run that was killed before it wrote that file, come before it.
 
     Args:
         cfg (Config): Config of the run, with ``work_dir``.
@@ -93,41 +93,73 @@ def find_resumable(cfg: Config) -> str | None:
         str | None: Its path; None if there is none.
 
     Raises:
+        ValueError: If there are checkpoints, and none can be read.
         pickle.UnpicklingError: If the newest holds more than data.
     """
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    folder = Path(cfg.work_dir)
-    if hook.get('out_dir'):
-        folder = Path(hook['out_dir'], folder.name)
-    found = [(_NUMBERED.fullmatch(file.name), file) for file in folder.glob('*.pth')]
-    found = [(match[1], int(match[2]), file) for match, file in found if match]
-    # Numbers, as a copy may have been made in any order; but those of epochs and of iterations
-    # cannot be compared.
-    mixed = len({kind for kind, *_ in found}) > 1
-    found.sort(key=lambda x: x[2].stat().st_mtime_ns if mixed else x[1], reverse=True)
-    for _, _, file in found:
+    folder, template = _place(cfg)
+    pattern = re.compile(re.escape(template).replace(re.escape('{}'), r'(\d+)'))
+    found = [(pattern.fullmatch(file.name), file) for file in folder.glob('*')]
+    files = {file: int(match[1]) for match, file in found if match}
+    pointer = Path(cfg.work_dir, 'last_checkpoint')
+    named = folder / Path(pointer.read_text().strip() or '-').name if pointer.is_file() else None
+
+    def order(file: Path) -> tuple[int, int]:
+        if named not in files or file == named:
+            return file == named, files[file]
+        is_later = files[file] > files[named] and _written(file) >= _written(named)
+        return 2 if is_later else 0, files[file]
+
+    reasons = []
+    for file in sorted(files, key=order, reverse=True):
         try:
             content = read_checkpoint(str(file))
-            missing = {'state_dict', 'optimizer', 'meta'} - set(content)
+            missing = {'state_dict', 'meta'} - set(content)
             if not missing:
                 return str(file)
-            reason = f'{file} has no {", ".join(sorted(missing))}'
+            reasons.append(f'{file} has no {", ".join(sorted(missing))}')
         except (ValueError, OSError) as error:
-            reason = str(error)
-        print_log(f'Passed over: {reason}', logger='current', level=logging.WARNING)
+            reasons.append(str(error))
+        print_log(f'Passed over: {reasons[-1]}', logger='current', level=logging.WARNING)
+    if reasons:
+        raise ValueError(
+            f'None of the {len(reasons)} checkpoints in {folder} can be resumed from: {reasons[0]} '
+            'Remove them to start from the beginning, or name one with --resume FILE.'
+        )
     return None
+
+
+def _place(cfg: Config) -> tuple[Path, str]:
+    """Folder of a run's checkpoints, and how they are named."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    out_dir = hook.get('out_dir')
+    folder = Path(cfg.work_dir)
+    if out_dir and os.path.abspath(out_dir) != os.path.abspath(cfg.work_dir):
+        folder = Path(out_dir, folder.name)
+    by_epoch = hook.get('by_epoch', True)
+    return folder, hook.get('filename_tmpl') or ('epoch_{}.pth' if by_epoch else 'iter_{}.pth')
+
+
+def _written(file: Path) -> int:
+    return file.stat().st_mtime_ns
 
 
 def resume_newest(cfg: Config) -> None:
     """Let a run go on from the newest readable checkpoint of its folder, or start if it has none.
+
+    Checkpoints in a remote store are left to MMEngine.
 
     Args:
         cfg (Config): Config of the run, with ``work_dir``; changed in place. Where there is no
             checkpoint, the run starts from its ``load_from``, if it has one.
 
     Raises:
-        pickle.UnpicklingError: See :func:`find_resumable`.
+        ValueError: See :func:`find_resumable`.
+        pickle.UnpicklingError: Likewise.
     """
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if '://' in str(hook.get('out_dir')) or hook.get('backend_args'):
+        cfg.resume, cfg.load_from = True, None
+        return
     found = find_resumable(cfg)
     cfg.resume = found is not None
     if cfg.resume:
@@ -136,3 +168,21 @@ def resume_newest(cfg: Config) -> None:
     else:
         told = f'There is nothing to resume in {cfg.work_dir}; the run starts from the beginning.'
     print_log(told, logger='current')
+
+
+def check_same_on_all_ranks(cfg: Config) -> None:
+    """Refuse a run whose ranks would resume from different checkpoints, as without a shared disk.
+
+    Args:
+        cfg (Config): Config of the run, of each rank.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    own = Path(cfg.load_from).name if cfg.get('resume') and cfg.get('load_from') else 'none'
+    names = all_gather_object(own)
+    if len(set(names)) > 1:
+        raise ValueError(
+            f'The ranks would resume from different checkpoints ({", ".join(names)}); let all '
+            f'machines see the same work_dir={cfg.work_dir}, or copy its newest checkpoint to each.'
+        )

@@ -13,6 +13,7 @@ from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
 
 from ser_mm.datasets import split_batches
+from ser_mm.datasets.exact_split import batch_size_of
 
 
 @HOOKS.register_module()
@@ -39,14 +40,18 @@ class EpochSeedHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed Python, NumPy and torch."""
-        _seed(runner.seed, runner.epoch, get_rank())
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            # Apart from the seeds of the iterations; not 0 again where a run is resumed.
+            _seed(runner.seed, runner.iter, get_rank(), 1)
+        else:
+            _seed(runner.seed, runner.epoch, get_rank())
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
         """Seed them in a loop by iteration."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
-            _seed(runner.seed, runner.iter, get_rank())
+            _seed(runner.seed, runner.iter, get_rank(), 0)
 
 
 def _seed(*entropy: int) -> None:
@@ -98,13 +103,19 @@ class EquivariantSplitHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Prepare the loader, and log how many images are in b2."""
         loader = runner.train_dataloader
-        split = split_batches(loader, runner.seed, get_rank(), get_world_size())
-        if split is not None and loader.batch_size:
-            images = loader.batch_size * split.world_size
+        self._split = split_batches(loader, runner.seed, get_rank(), get_world_size())
+        size = batch_size_of(loader)
+        if self._split is not None and size:
             runner.logger.info(
-                f'b2 has {split.count(loader.batch_size)} of the {images} images of a batch '
-                f'(equi_ratio={split.equi_ratio:g}), dealt over {split.world_size} rank(s).'
+                f'b2 has {self._split.count(size)} of the {size * self._split.world_size} images '
+                f'of a batch (equi_ratio={self._split.equi_ratio:g}), dealt over '
+                f'{self._split.world_size} rank(s).'
             )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Let a sampler that repeats its batches have others of their images in b2."""
+        if self._split is not None:
+            self._split.epoch = runner.epoch
 
 
 @HOOKS.register_module()

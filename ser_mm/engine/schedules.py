@@ -21,9 +21,13 @@ def follow_max_epochs(cfg: Config) -> None:
     epochs = (cfg.get('train_cfg') or {}).get('max_epochs')
     given = cfg.get('param_scheduler') or []
     given = [given] if isinstance(given, dict) else list(given)
-    schedules = [s for s in given if isinstance(s, dict) and _is_whole(s)]
-    written = max((s['end'] for s in schedules), default=None)
-    if not epochs or written is None or written == epochs:
+    timed = [s for s in given if isinstance(s, dict) and s.get('by_epoch', True)]
+    if not epochs or not timed or not all('end' in s for s in timed):
+        return
+    written = max(s['end'] for s in timed)
+    schedules = [s for s in timed if _is_whole(s)]
+    # Where milestones end last, what ends before them is a warm-up.
+    if written == epochs or all(s['end'] < written for s in schedules):
         return
     longest = max((s['end'] for s in schedules if s['end'] < written), default=0)
     shrink = epochs / written if longest >= epochs else 1
@@ -46,7 +50,7 @@ def follow_max_epochs(cfg: Config) -> None:
 def _is_whole(schedule: dict) -> bool:
     kind = schedule.get('type', '')
     kind = kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
-    return kind.startswith(_WHOLE) and schedule.get('by_epoch', True) and 'end' in schedule
+    return kind.startswith(_WHOLE)
 
 
 def _shrunk(epoch: int, share: float) -> int:

@@ -86,12 +86,15 @@ def build_preprocessor(cfg: Config) -> nn.Module:
     Raises:
         ValueError: If the config says nothing of the normalization.
     """
-    pixels = {}
-    for place in (cfg, cfg.model.get('algorithm') or {}, cfg.model):
-        pixels.update(place.get('data_preprocessor') or {})
-    if not pixels:
+    found = [
+        place.get('data_preprocessor') or {}
+        for place in (cfg.model, cfg.model.get('algorithm') or {}, cfg)
+    ]
+    if not any(found):
         raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
-    pixels = {key: pixels[key] for key in ('mean', 'std', 'to_rgb') if key in pixels}
+    # Mean, std and order of channels belong together; photometry alone, say, does not tell them.
+    pixels = [{k: x[k] for k in ('mean', 'std', 'to_rgb') if k in x} for x in found]
+    pixels = next((x for x in pixels if x), {})
     return MODELS.build(dict(type='ClsDataPreprocessor', **pixels)).to(get_device())
 
 

@@ -128,6 +128,12 @@ GEOMETRY = {
     'crop': CROP,
     'rotation': dict(type='Rotate', angle=30.0),
     'choice': dict(type='RandomChoice', transforms=[[JITTER], [FLIP]]),
+    'automatic policy': dict(type='AutoAugment', policies='imagenet'),
+    'random policy': dict(
+        type='RandAugment', policies='timm_increasing', num_policies=2, magnitude_level=9
+    ),
+    'of torchvision': dict(type='torchvision/RandomHorizontalFlip'),
+    'of other keys': dict(type='KeyMapper', mapping=dict(img='img'), transforms=[FLIP]),
 }
 
 
@@ -136,8 +142,15 @@ def test_geometry_among_the_photometry_of_b2_is_refused(name):
     """It was accepted, and made records false: the images moved, the elements said otherwise."""
     with pytest.raises(ValueError, match='in equi_views moves the content') as error:
         build(views=[[CROP], [CROP]], equi_crop=[CROP], equi_views=[[JITTER], [GEOMETRY[name]]])
-    moving = {'nested flip': 'RandomFlip', 'choice': 'RandomFlip'}
+    moving = dict.fromkeys(('nested flip', 'choice', 'of other keys'), 'RandomFlip')
     assert moving.get(name, GEOMETRY[name]['type']) in str(error.value)
+
+
+def test_photometry_of_torchvision_works_where_it_is_given():
+    jitter = dict(type='torchvision/ColorJitter', brightness=0.4)
+    build(views=[[CROP, jitter]] * 2, equi_crop=[CROP], equi_views=[[jitter], []])
+    with pytest.raises(ValueError, match=r'torchvision/ColorJitter in views\[0\]'):
+        build(views=[[CROP, jitter]] * 2)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,14 @@ from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 
 from ser_mm.checkpoint import read_checkpoint
-from ser_mm.engine.checkpointing import find_resumable, resume_newest
+from ser_mm.engine.checkpointing import (
+    check_same_on_all_ranks,
+    find_resumable,
+    resume_newest,
+)
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS
+from tests.support.two_ranks import on_two_ranks
 
 EPOCHS = 4
 
@@ -162,6 +167,52 @@ def test_what_cannot_be_resumed_from_is_passed_over(run):
     cfg = Config(dict(work_dir=str(run), resume=True, load_from='pretrained.pth'))
     resume_newest(cfg)
     assert cfg.resume is False and cfg.load_from == 'pretrained.pth'
+
+
+def test_nothing_readable_is_an_error_and_not_a_new_start(run):
+    """The run started from the beginning, and wrote over what might have been saved."""
+    for file in run.glob('*.pth'):
+        file.write_bytes(b'')
+    with pytest.raises(ValueError, match='None of the 3 checkpoints .* Remove them'):
+        newest(run)
+
+
+def test_a_run_that_went_on_from_an_earlier_checkpoint(run):
+    """The branch that was left has higher numbers, and is older."""
+    for age, name in enumerate(['epoch_3.pth', 'epoch_4.pth']):
+        os.utime(run / name, ns=(1, 10**18 - age * 10**9))
+    (run / 'last_checkpoint').write_text('/moved/since/run/epoch_3.pth')
+    assert newest(run) == run / 'epoch_3.pth'
+    os.utime(run / 'epoch_4.pth')  # written later, by a run killed before it wrote the pointer
+    assert newest(run) == run / 'epoch_4.pth'
+
+
+def test_names_and_folders_as_the_hook_says(run, tmp_path):
+    (run / 'epoch_4.pth').rename(run / 'step4.ckpt')
+    hook = dict(type='CheckpointHook', filename_tmpl='step{}.ckpt')
+    cfg = Config(dict(work_dir=str(run), default_hooks=dict(checkpoint=hook)))
+    assert find_resumable(cfg) == str(run / 'step4.ckpt')
+    hook = dict(type='CheckpointHook', out_dir=str(run.parent))
+    elsewhere = str(tmp_path / 'elsewhere' / 'run')
+    cfg = Config(dict(work_dir=elsewhere, default_hooks=dict(checkpoint=hook)))
+    assert find_resumable(cfg) == str(run / 'epoch_3.pth')
+    cfg = Config(dict(work_dir=str(run), default_hooks=dict(checkpoint=dict(out_dir=str(run)))))
+    assert find_resumable(cfg) == str(run / 'epoch_3.pth')
+
+
+def both_ranks(rank, names):
+    cfg = Config(dict(work_dir='run', resume=names[rank] is not None, load_from=names[rank]))
+    try:
+        check_same_on_all_ranks(cfg)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_checkpoints_are_refused():
+    assert on_two_ranks(both_ranks, ['/a/epoch_3.pth', '/b/epoch_3.pth']) == [None, None]
+    for message in on_two_ranks(both_ranks, ['/a/epoch_3.pth', None]):
+        assert 'different checkpoints (epoch_3.pth, none)' in message and 'work_dir=run' in message
 
 
 def test_epoch_10_is_after_epoch_9(run):

@@ -82,6 +82,32 @@ def test_dino_thaws_and_warms_up_in_a_loop_by_iteration(imagenet_tree, tmp_path)
     assert watch.temperatures == pytest.approx(expected)
 
 
+def test_the_data_of_a_resumed_loop_by_iteration_are_not_those_of_its_start(
+    imagenet_tree, tmp_path
+):
+    """The same images came back with the same crops."""
+    seen = []
+
+    class Keep(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            seen.append(data_batch['inputs'][0])
+
+    by_iteration(imagenet_tree, tmp_path / 'whole', 8, 'simsiam', hooks=[Keep()])
+    start = len(seen)
+    by_iteration(
+        imagenet_tree,
+        tmp_path / 'rest',
+        8,
+        'simsiam',
+        tmp_path / 'whole' / 'iter_5.pth',
+        hooks=[Keep()],
+    )
+    rest = seen[start:]
+    assert len(rest) == 3
+    for batch in rest:
+        assert not any(torch.equal(batch, other) for other in seen[:5])
+
+
 def test_a_resumed_loop_by_iteration_does_not_repeat_its_draws(imagenet_tree, tmp_path):
     whole, _ = by_iteration(imagenet_tree, tmp_path / 'whole', 8, 'simsiam')
     rest, _ = by_iteration(

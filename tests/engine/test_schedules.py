@@ -42,6 +42,21 @@ def test_a_warm_up_that_does_not_fit_keeps_its_share():
     assert [(s['begin'], s['end'], s['T_max']) for s in after] == [(0, 1, 1)]
 
 
+@pytest.mark.parametrize(
+    'schedules',
+    [
+        [dict(type='LinearLR', end=20), dict(type='CosineAnnealingLR', begin=20)],
+        [dict(type='LinearLR', end=5), dict(type='MultiStepLR', end=90, milestones=[30, 60])],
+    ],
+    ids=['cosine without end', 'milestones'],
+)
+def test_a_warm_up_is_never_taken_for_the_whole(schedules):
+    """As in MMPretrain's own schedules: the warm-up lasted as long as the run."""
+    cfg = Config(dict(train_cfg=dict(max_epochs=300), param_scheduler=schedules))
+    follow_max_epochs(cfg)
+    assert [dict(s) for s in cfg.param_scheduler] == schedules
+
+
 def test_what_is_the_authors_stays():
     """Milestones, schedules by iteration and open ends."""
     schedules = [

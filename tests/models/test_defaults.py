@@ -111,12 +111,14 @@ def test_explicit_values_win():
         alone(
             neck=dict(type='SERNeck', in_channels=EMBED_DIMS, hid_channels=8),
             head=dict(temperature=0.2),
-            data_preprocessor=dict(mean=[1.0, 2, 3], scale=(1, 1)),
+            data_preprocessor=dict(mean=[1.0, 2, 3], std=[4.0, 5, 6], scale=(1, 1)),
         )
     )
     assert model.ser_neck.layers[1].out_features == 8 and model.ser_head.temperature == 0.2
     assert model.data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
-    assert model.data_preprocessor.std.flatten().tolist() == pytest.approx(PIXELS['std'])
+    assert model.data_preprocessor.std.flatten().tolist() == [4, 5, 6]
+    # The order of channels is not taken from elsewhere beside them.
+    assert not model.data_preprocessor._channel_conversion
     assert model.data_preprocessor.scale == (1, 1)
 
 

@@ -1,11 +1,13 @@
 """Telling crops, flips and photometry apart, to derive the policy of b2 from that of b1."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmcv import transforms as mmcv_transforms
-from mmcv.transforms import RandomApply, RandomChoice, RandomFlip, RandomGrayscale
+from mmcv.transforms import KeyMapper, RandomApply, RandomChoice, RandomFlip, RandomGrayscale
 from mmpretrain.datasets import transforms as mmpretrain_transforms
+from mmpretrain.datasets.transforms import AutoAugment, RandAugment
 from mmpretrain.registry import TRANSFORMS
 
 
@@ -22,10 +24,16 @@ CROPS = _classes(
 GEOMETRY = (
     *CROPS,
     RandomFlip,
+    AutoAugment,
+    RandAugment,
     *_classes(mmpretrain_transforms, 'Rotate Shear Translate'),
     *_classes(mmcv_transforms, 'Pad'),
 )
-"""What moves the content of an image."""
+"""What moves the content of an image, or may, as automatic policies do."""
+
+_TORCHVISION_GEOMETRY = re.compile(
+    r'torchvision/.*(Flip|Rotation|Affine|Perspective|Crop|Resize|Elastic|AutoAugment|RandAugment)'
+)
 
 PHOTOMETRY = (
     RandomGrayscale,
@@ -43,15 +51,20 @@ def _kind(transform: Any) -> type | None:
     if not isinstance(transform, dict):
         return type(transform)
     kind = transform.get('type')
-    return TRANSFORMS.get(kind) if isinstance(kind, str) else kind
+    kind = TRANSFORMS.get(kind) if isinstance(kind, str) else kind
+    return kind if isinstance(kind, type) else None  # torchvision's are functions
 
 
 def _inner(transform: Any) -> list | None:
     """The transforms that one applies at times, or chooses from; None if it is no such."""
     kind = _kind(transform)
-    if kind is None or not issubclass(kind, (RandomApply, RandomChoice)):
+    if kind is None or not issubclass(kind, (RandomApply, RandomChoice, KeyMapper)):
         return None
-    inner: Any = transform['transforms'] if isinstance(transform, dict) else transform.transforms
+    inner: Any = getattr(transform, 'transforms', None)
+    if isinstance(transform, dict):
+        inner = transform.get('transforms')
+    if inner is None or issubclass(kind, (AutoAugment, RandAugment)):
+        return None
     inner = getattr(inner, 'transforms', inner)  # a Compose
     if isinstance(inner, dict):
         return [inner]
@@ -63,7 +76,9 @@ def _is_all(transform: Any, classes: tuple[type, ...]) -> bool:
     if inner is not None:
         return all(_is_all(x, classes) for x in inner)
     kind = _kind(transform)
-    return kind is not None and issubclass(kind, classes)
+    if kind is None:
+        return classes is GEOMETRY and bool(_TORCHVISION_GEOMETRY.match(_name(transform)))
+    return issubclass(kind, classes)
 
 
 def find_geometry(transforms: Sequence) -> Iterator[str]:
