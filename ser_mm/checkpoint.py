@@ -77,12 +77,18 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         if not data.startswith((b'PK\x03\x04', b'\x80')):  # neither of torch's two formats
             raise _damaged(checkpoint, data, error) from error
         raise pickle.UnpicklingError(
-            f'{checkpoint} holds more than data, and reading it could run code from it; if you '
-            'made it yourself, or trust who did, add --trust-checkpoint to the command. '
-            f'{" ".join(str(error).split())}'
+            f'{checkpoint} holds more than data, and reading it could run code ({_told(error)}); '
+            'if you made it yourself, or trust who did, add --trust-checkpoint to `ser-mm train` '
+            'or `ser-mm test`, or save its state_dict alone.'
         ) from error
     except Exception as error:  # of many types, by where the file breaks off
         raise _damaged(checkpoint, data, error) from error
+
+
+def _told(error: Exception) -> str:
+    """What a file asked for, out of torch's paragraph."""
+    found = re.search(r'GLOBAL ([\w.]+)', str(error))
+    return found[1] if found else str(error).strip().splitlines()[-1]
 
 
 def _damaged(checkpoint: str, data: bytes, error: Exception) -> ValueError:

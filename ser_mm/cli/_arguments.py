@@ -52,10 +52,20 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+class _Fields(DictAction):
+    """MMEngine's action for KEY=VALUE, with a sentence for what is not of that form."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        odd = next((value for value in values if '=' not in value), None)
+        if odd is not None:
+            parser.error(f'{option_string} {odd}: give KEY=VALUE.')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
     """Add ``--cfg-options``, a dict of fields of the config to override."""
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help=help
+        '--cfg-options', nargs='+', action=_Fields, default={}, metavar='KEY=VALUE', help=help
     )
 
 
@@ -86,7 +96,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='read checkpoints that hold more than data, and run the code that they ask for',
+        help='read checkpoints that hold more than data, and run the code in them',
     )
     add_cfg_options(parser, 'override fields of the config; lists as KEY="[a,b]" or KEY=a,b')
     add_launcher(parser)

@@ -8,7 +8,7 @@ Sweeps:
     gradient     the base algorithm, SER with its gradient cut (the same views), SER
 
 Points that sweeps have in common are trained once. Finished runs are not trained again,
-interrupted ones go on: run the same command again. At full scale:
+interrupted ones resume: run the same command again. At full scale:
 
     ser-mm ablate layer cls --config ser_mocov3_vits16 --gpus 8
 """
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='seeds that every point is trained from (default: 0 1 2)',
     )
     parser.add_argument(
-        '--jobs', type=positive(int), default=1, help='runs at one time (default: 1)'
+        '--jobs', type=positive(int), default=1, help='runs at the same time (default: 1)'
     )
     parser.add_argument(
         '--gpus',

@@ -2,7 +2,7 @@
 
 From each seed, three arms are trained: the base algorithm (baseline) and SER side by side, then
 SER with its loss weighted 0 (views only), which tells what the added views do by themselves. A
-first table comes before the last arm. Trained arms are not trained again, interrupted ones go on:
+first table comes before the last arm. Trained arms are not trained again, interrupted ones resume:
 run the same command again.
 """
 
@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence
 from ser_mm.experiments.demo import algorithms, run_demo
 
-INTERRUPTED = 'Interrupted; the same command goes on from the last epoch.'
+INTERRUPTED = 'Interrupted; the same command continues from the last epoch.'
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 The data are handwritten digits on photographs, as a COCO data set with boxes and masks; training
 and validation share neither a digit nor a photograph. From each seed, the same Mask R-CNN is
 trained on each backbone: a random one and those of the pretraining demo, which has to be run
-before (make demo). Trained detectors are not trained again, interrupted ones go on: run the same
+before (make demo). Trained detectors are not trained again, interrupted ones resume: run the same
 command again.
 """
 

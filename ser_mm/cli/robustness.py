@@ -2,7 +2,7 @@
 
 Folders as published: CORRUPTION/SEVERITY/CLASS/*.JPEG and PERTURBATION/CLASS/*.mp4. Without
 ImageNet-C, the validation images are corrupted on the fly. What was measured is kept: the same
-command goes on where it was interrupted.
+command continues where it was interrupted.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@one_sentence(interrupted='Interrupted; the same command goes on with what is not measured yet.')
+@one_sentence(interrupted='Interrupted; the same command continues with what is not measured yet.')
 def main(argv: Sequence[str] | None = None) -> None:
     """Fit the head, classify everything, report.
 

@@ -11,10 +11,16 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
+from ser_mm.cli._arguments import (
+    CONFIG_HELP,
+    EXPECTED,
+    add_run_arguments,
+    make_parser,
+    one_sentence,
+)
 from ser_mm.datasets import split_batches
 from ser_mm.engine.checkpointing import check_same_on_all_ranks, resume_newest
-from ser_mm.engine.checks import DATALOADERS, check_coco, check_data
+from ser_mm.engine.checks import DATALOADERS, check_batches, check_coco, check_data
 from ser_mm.engine.cpu import (
     adapt_to_device,
     close_process_group,
@@ -24,7 +30,7 @@ from ser_mm.engine.cpu import (
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.schedules import follow_max_epochs
 
-INTERRUPTED = 'Interrupted; the same command with --resume goes on from the last checkpoint.'
+INTERRUPTED = 'Interrupted; the same command with --resume continues from the last checkpoint.'
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CKPT',
-        help='go on from this checkpoint, or from the latest in the work dir if none is named',
+        help='resume from this checkpoint, or from the latest in the work dir if none is named',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
@@ -77,6 +83,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
 
     if args.resume and args.resume != 'auto':
+        if '://' not in args.resume and not Path(args.resume).is_file():
+            raise FileNotFoundError(
+                f'--resume {args.resume} is not a file; name a checkpoint, or leave the name out '
+                f'to resume from the newest one in {cfg.work_dir}.'
+            )
         cfg.resume, cfg.load_from = True, args.resume
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
@@ -126,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    with one_sentence(interrupted=INTERRUPTED, trust=args.trust_checkpoint):
+    # A field that no class takes is a TypeError.
+    with one_sentence((*EXPECTED, TypeError), INTERRUPTED, args.trust_checkpoint):
         cfg = read_config(args.config)
         merge_args(cfg, args)
         follow_max_epochs(cfg)
@@ -142,6 +154,7 @@ def _train(args: argparse.Namespace) -> None:
         adapt_to_device(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         check_same_on_all_ranks(cfg)
+        check_batches(runner.train_dataloader)
         # Builds the data set and the views, and what is wrong with them shows.
         split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
     # What fails from here on is as likely an error of the code, which needs its traceback.

@@ -164,7 +164,7 @@ def resume_newest(cfg: Config) -> None:
     cfg.resume = found is not None
     if cfg.resume:
         cfg.load_from = found
-        told = f'The run goes on from {found}.'
+        told = f'Resuming from {found}.'
     else:
         told = f'There is nothing to resume in {cfg.work_dir}; the run starts from the beginning.'
     print_log(told, logger='current')

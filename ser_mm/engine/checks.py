@@ -9,6 +9,7 @@ from os.path import abspath, exists, isdir, isfile, join
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import CustomDataset
+from torch.utils.data import DataLoader
 
 from ser_mm.datasets import BundledPhotos
 
@@ -35,6 +36,23 @@ def check_data(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
     for name in dataloaders:
         for field, dataset in walk_datasets(name, cfg.get(name) or {}):
             check_dataset(field, dataset, cfg.get('default_scope'))
+
+
+def check_batches(loader: DataLoader) -> None:
+    """Refuse a training loader without a batch.
+
+    Args:
+        loader (DataLoader): Of a rank.
+
+    Raises:
+        ValueError: With the numbers of images.
+    """
+    if len(loader) == 0:
+        raise ValueError(
+            f'train_dataloader.batch_size = {loader.batch_size}, but the {len(loader.dataset)} '
+            f'images of the data set are {len(loader.sampler)} for each process, which make no '
+            'batch; lower it, or take more images.'
+        )
 
 
 def walk_datasets(field: str, cfg: dict) -> Iterator[tuple[str, dict]]:

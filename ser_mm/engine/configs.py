@@ -55,7 +55,7 @@ def find_config(name: str | Path) -> Path:
         remedy = f'it is the name of {len(found)} shipped configs; choose {" or ".join(found)}'
     else:
         ends = {key.rpartition('/')[2]: key for key in known}
-        close = difflib.get_close_matches(wanted.rpartition('/')[2], ends, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(wanted.rpartition('/')[2], ends, n=3, cutoff=0.5)
         near = [ends[key] for key in close] or list(known)[:3]
         remedy = f'neither a file nor the name of a shipped config; close to it: {", ".join(near)}'
     raise FileNotFoundError(f'config {str(name)!r}: {remedy}.')

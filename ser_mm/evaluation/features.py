@@ -84,11 +84,14 @@ class Embedder(nn.Module):
         self._cfg = cfg
 
     @torch.no_grad()
-    def embed(self, images: Sequence[str | Path | np.ndarray], batch_size: int = 64) -> Tensor:
+    def embed(
+        self, images: str | Path | Sequence[str | Path | np.ndarray], batch_size: int = 64
+    ) -> Tensor:
         """Features of images, prepared as the config's ``evaluation.val`` prepares them.
 
         Args:
-            images (Sequence[str | Path | np.ndarray]): Files, or arrays (H, W, 3), uint8, BGR.
+            images (str | Path | Sequence[str | Path | np.ndarray]): A file, or files and arrays
+                (H, W, 3), uint8, BGR.
             batch_size (int): Images at one time. Defaults to 64.
 
         Returns:
@@ -99,6 +102,8 @@ class Embedder(nn.Module):
             ValueError: If there is no image, or the config says nothing of transforms or
                 normalization.
         """
+        if isinstance(images, str | Path):
+            images = [images]
         if not len(images):
             raise ValueError('Embedder.embed: there is no image; give files or arrays.')
         load, *rest = [

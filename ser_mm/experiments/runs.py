@@ -83,13 +83,13 @@ def training(
     """Start to train what is not trained yet; runs that were interrupted go on where they were.
 
     The config of a run is written beside its work dir, with the suffix ``.py``, and its output
-    with ``.log``. Runs at one time share the cores. GPUs are dealt out to them in turn. Runs that
-    are not waited for end with the context.
+    with ``.log``. Runs at the same time share the cores. GPUs are dealt out to them in turn. Runs
+    that are not waited for end with the context.
 
     Args:
         runs (Mapping[str, Config]): Configs with ``work_dir`` and ``train_cfg.max_epochs``, by the
             name to show.
-        jobs (int, optional): Runs at one time. Defaults to None: all.
+        jobs (int, optional): Runs at the same time. Defaults to None: all.
         gpus (int, optional): GPUs of each run, or CPU processes where there is no GPU, by
             torchrun. Defaults to None: one process without launcher.
         beside (int): Processes beside the runs that the cores are to be shared with, as this one
@@ -225,8 +225,8 @@ def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[st
         devices = visible.split(',') if visible else [str(i) for i in range(count)]
         if gpus and jobs * gpus > len(devices):
             raise ValueError(
-                f'{jobs} runs at one time with {gpus} GPUs each need {jobs * gpus}, and there are '
-                f'{len(devices)}; lower --jobs or --gpus.'
+                f'{jobs} runs at the same time with {gpus} GPUs each need {jobs * gpus}, and there '
+                f'are {len(devices)}; lower --jobs or --gpus.'
             )
         first = slot * gpus if gpus else slot % len(devices)
         own['CUDA_VISIBLE_DEVICES'] = ','.join(devices[first : first + (gpus or 1)])

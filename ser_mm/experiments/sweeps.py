@@ -252,7 +252,7 @@ def run_sweeps(
         work_dir (Path): Folder of all sweeps, where each config has its own.
         cfg_options (Mapping[str, Any]): Fields of the config to override.
         values (Sequence[float], optional): See :func:`points`. Defaults to None.
-        jobs (int): Runs at one time. Defaults to 1.
+        jobs (int): Runs at the same time. Defaults to 1.
         gpus (int, optional): See :func:`~ser_mm.experiments.runs.training`. Defaults to None.
         images (int): See :func:`~ser_mm.experiments.figures.evaluate`. Defaults to 450.
         num_workers (int): See :func:`~ser_mm.experiments.figures.evaluate`. Defaults to 0.

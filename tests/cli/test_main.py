@@ -57,6 +57,42 @@ def test_an_unknown_config_is_one_sentence(name):
     )
 
 
+MISTAKES = {
+    'absent checkpoint to resume from': (
+        ['train', 'demo/ser_mocov3', '--resume', 'nope.pth'],
+        '--resume nope.pth is not a file; name a checkpoint, or leave the name out',
+    ),
+    'a field that no class takes': (
+        ['train', 'demo/ser_mocov3', '--cfg-options', 'train_cfg.max_epoch=1'],
+        "got an unexpected keyword argument 'max_epoch'",
+    ),
+    'fewer images than a batch': (
+        [
+            'train',
+            'demo/ser_mocov3',
+            '--cfg-options',
+            'train_dataloader.dataset.train_per_picture=1',
+            'train_dataloader.dataset.val_per_picture=1',
+        ],
+        'train_dataloader.batch_size = 128, but the 18 images of the data set',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_are_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (command, *args), message = MISTAKES[name]
+    found = run_command(command, *args)
+    assert found.startswith('error: ') and message in found and '\n' not in found
+
+
+@pytest.mark.parametrize('name', ['train', 'probe'])
+def test_an_option_that_sets_nothing(name, capsys):
+    assert ser_mm(name, 'a', *(['b'] if name == 'probe' else []), '--cfg-options', 'foo') == 2
+    assert 'error: --cfg-options foo: give KEY=VALUE.' in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [['-m', 'ser_mm.cli.cost'], ['tools/cost.py']])
 def test_module_and_tool_are_the_command(command):

@@ -55,6 +55,7 @@ def test_embed_takes_files_and_arrays(demo, checkpoint, images, tmp_path):
     embedder = Embedder(demo, checkpoint)
     expected = embedder.embed(images)
     assert torch.equal(embedder.embed(files), expected)
+    assert embedder.embed(str(files[0])).shape == (1, 96)
     torch.testing.assert_close(embedder.embed(files, batch_size=1), expected, **FLOAT32_NETWORK)
     with pytest.raises(FileNotFoundError, match='absent.png'):
         embedder.embed([tmp_path / 'absent.png'])
