@@ -35,9 +35,20 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Find the folder, and remove what an interrupted write has left in it."""
         super().before_train(runner)
-        if is_main_process() and isinstance(self.file_backend, LocalBackend):
+        if not isinstance(self.file_backend, LocalBackend):
+            return
+        # A copied folder has a best checkpoint of its own; the path is that of the original, which
+        # the next better one would remove.
+        if getattr(self, 'best_ckpt_path', None):
+            self.best_ckpt_path = self._in_this_folder(self.best_ckpt_path)
+        paths = getattr(self, 'best_ckpt_path_dict', {})
+        paths.update({key: self._in_this_folder(path) for key, path in paths.items() if path})
+        if is_main_process():
             for part in Path(self.out_dir).glob(f'*{_PART}'):
                 part.unlink(missing_ok=True)
+
+    def _in_this_folder(self, path: str) -> str:
+        return os.path.join(self.out_dir, os.path.basename(path))
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if not isinstance(self.file_backend, LocalBackend):

@@ -15,6 +15,7 @@ from mmengine.fileio import LocalBackend
 
 from ser_mm.checkpoint import read_checkpoint
 from ser_mm.engine.checkpointing import (
+    AtomicCheckpointHook,
     check_same_on_all_ranks,
     find_resumable,
     resume_newest,
@@ -213,6 +214,27 @@ def test_ranks_that_see_different_checkpoints_are_refused():
     assert on_two_ranks(both_ranks, ['/a/epoch_3.pth', '/b/epoch_3.pth']) == [None, None]
     for message in on_two_ranks(both_ranks, ['/a/epoch_3.pth', None]):
         assert 'different checkpoints (epoch_3.pth, none)' in message and 'work_dir=run' in message
+
+
+def test_the_best_checkpoint_of_a_copied_folder_is_its_own(imagenet_tree, tmp_path):
+    """The next better one removed that of the original."""
+    runner, _ = short_run.run(
+        ALGORITHMS['simsiam'],
+        short_run.equivariant_views(0.5),
+        imagenet_tree,
+        tmp_path / 'run',
+        epochs=1,
+    )
+    for save_best in ('acc', ['acc', 'loss']):
+        hook = AtomicCheckpointHook(save_best=save_best, rule='greater')
+        for name in ('best_ckpt', 'best_ckpt_acc'):
+            runner.message_hub.update_info(name, '/original/run/best_acc_epoch_3.pth')
+        hook.before_train(runner)
+        expected = str(tmp_path / 'run' / 'best_acc_epoch_3.pth')
+        assert expected in (
+            getattr(hook, 'best_ckpt_path', None),
+            getattr(hook, 'best_ckpt_path_dict', {}).get('acc'),
+        )
 
 
 def test_epoch_10_is_after_epoch_9(run):
