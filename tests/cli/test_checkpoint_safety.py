@@ -89,7 +89,10 @@ ENTRIES = {
     ),
     'probe': (None, ['probe', DEMO, 'bad.pth', '--cfg-options', *TINY]),
     'robustness': (None, ['robustness', DEMO, 'bad.pth', '--cfg-options', *TINY]),
-    'equivariance': (None, ['equivariance', 'configs/demo/ser_mocov3.py', 'bad.pth']),
+    'equivariance': (
+        None,
+        ['equivariance', DEMO, 'bad.pth', '--images', '4', '--transformations', 'rot90'],
+    ),
     'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
     'demo-detection': (plant_demo, ['demo-detection', '--pretrained', 'pretrained']),
 }

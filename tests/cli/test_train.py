@@ -126,7 +126,7 @@ def test_epochs_and_workers_draw_different_views(imagenet_tree):
     cfg.train_dataloader.sampler.type = 'DefaultSampler'
     cfg.train_dataloader.dataset.data_root = str(imagenet_tree)
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
-    state = type('Run', (), dict(seed=0, epoch=0))()
+    state = type('Run', (), dict(seed=0, epoch=0, train_loop=None))()
 
     def epoch(number):
         state.epoch = number
