@@ -12,9 +12,13 @@ from ser_mm.datasets.transforms import EquivariantViewPipeline
 class ExactSplit:
     """Reads a batch from a data set and assigns its images to b1 and b2 (paper, Section 3).
 
-    Of a global batch of B images, ``round(equi_ratio * B)`` are in b2, at least two of them, dealt
-    over the ranks to within one. Which ones is drawn from the seed and the images of the batch, so
-    it depends neither on workers nor on what was trained before.
+    Of a global batch of B images, ``round(equi_ratio * B)`` are in b2, dealt over the ranks to
+    within one; of a last, smaller batch at least two. Which ones is drawn from the seed, the epoch
+    and the images of the batch, so it depends neither on workers nor on what was trained before.
+
+    Attributes:
+        epoch (int): To be set at the start of each, so that a sampler that repeats its batches has
+            others of their images in b2.
 
     It takes the place of ``dataset.__getitems__``, by which torch's loaders read whole batches.
 

@@ -127,7 +127,7 @@ def find_resumable(cfg: Config) -> str | None:
             missing = {'state_dict', 'meta'} - set(content)
             if not missing:
                 return str(file)
-            reasons.append(f'{file} has no {", ".join(sorted(missing))}')
+            reasons.append(f'{file} has no {", ".join(sorted(missing))}.')
         except (ValueError, OSError) as error:
             reasons.append(str(error))
         print_log(f'Passed over: {reasons[-1]}', logger='current', level=logging.WARNING)

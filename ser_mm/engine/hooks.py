@@ -73,7 +73,7 @@ def steps_per_epoch(runner: Runner) -> int:
     """
     loader = runner.train_dataloader
     if isinstance(loader.sampler, InfiniteSampler):
-        batch = loader.batch_size or 1
+        batch = batch_size_of(loader) or 1
         return max(1, len(loader.dataset) // (batch * get_world_size()))
     return max(1, len(loader))
 
