@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from kornia.color import hsv_to_rgb, rgb_to_grayscale, rgb_to_hsv
-from kornia.filters import filter2d_separable
 from mmcv.transforms import BaseTransform, RandomApply, RandomGrayscale
 from mmpretrain.datasets.transforms import ColorJitter, GaussianBlur, Solarize
 from mmpretrain.registry import TRANSFORMS
 from torch import Tensor
+
+try:
+    import kornia
+except ImportError:  # an option, which only photometry on the device needs
+    kornia = None
 
 
 class Photometry:
@@ -24,6 +27,7 @@ class Photometry:
             ``GaussianBlur``, ``Solarize``, or ``RandomApply`` around such.
 
     Raises:
+        ImportError: If kornia is not installed.
         ValueError: If a transform is not one of these.
 
     Example:
@@ -32,6 +36,11 @@ class Photometry:
     """
 
     def __init__(self, transforms: Sequence[dict]) -> None:
+        if kornia is None:
+            raise ImportError(
+                'Photometry on the device needs kornia, which is not installed: run `pip install '
+                "'kornia>=0.8'`, or leave photometry to the pipelines of the data set."
+            )
         self.transforms = [TRANSFORMS.build(transform) for transform in transforms]
         for transform in self.transforms:
             _check(transform)
@@ -107,26 +116,26 @@ def _color_jitter(transform: ColorJitter, images: Tensor) -> Tensor:
 
 
 def _change_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = rgb_to_grayscale(images).mean((2, 3), keepdim=True)
+    mean = kornia.color.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
     return mean + factor * (images - mean)
 
 
 def _change_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    gray = rgb_to_grayscale(images)
+    gray = kornia.color.rgb_to_grayscale(images)
     return gray + factor * (images - gray)
 
 
 def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    hue, *rest = rgb_to_hsv(images).split(1, dim=1)
+    hue, *rest = kornia.color.rgb_to_hsv(images).split(1, dim=1)
     hue = (hue + 2 * torch.pi * turns) % (2 * torch.pi)
-    return hsv_to_rgb(torch.cat([hue, *rest], dim=1))
+    return kornia.color.hsv_to_rgb(torch.cat([hue, *rest], dim=1))
 
 
 def _grayscale(transform: RandomGrayscale, images: Tensor) -> Tensor:
     weights = torch.tensor(transform.channel_weights)
     weights = weights.flip(0) if transform.color_format == 'bgr' else weights
     weights = (weights / weights.sum()).to(images.device, non_blocking=True)
-    return rgb_to_grayscale(images, weights).expand_as(images)
+    return kornia.color.rgb_to_grayscale(images, weights).expand_as(images)
 
 
 def _gaussian_blur(transform: GaussianBlur, images: Tensor) -> Tensor:
@@ -136,7 +145,7 @@ def _gaussian_blur(transform: GaussianBlur, images: Tensor) -> Tensor:
         low, high = transform.magnitude_range
         sigma = low + (high - low) * torch.rand(len(images), 1)
     kernel = _pillow_kernel(sigma.double()).to(images, non_blocking=True)
-    return filter2d_separable(images, kernel, kernel, border_type='replicate')
+    return kornia.filters.filter2d_separable(images, kernel, kernel, border_type='replicate')
 
 
 def _pillow_kernel(sigma: Tensor) -> Tensor:
