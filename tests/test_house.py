@@ -25,8 +25,10 @@ LAYERS = dict(
     datasets=1,
     visualization=1,
     geometry=0,
+    files=0,
     views=0,
     checkpoint=0,
+    arguments=0,
 )
 """Height of each module below ``ser_mm``; those on the same floor do not import each other."""
 

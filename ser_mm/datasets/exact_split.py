@@ -66,6 +66,8 @@ class ExactSplit:
         """Samples of a batch, in the order of ``indices``."""
         places = self.places(indices)
         samples = []
+        for pipeline in self.pipelines:
+            pipeline.sizes = {}
         try:
             for place, index in enumerate(indices):
                 for pipeline in self.pipelines:
@@ -73,7 +75,7 @@ class ExactSplit:
                 samples.append(self.dataset[index])
         finally:
             for pipeline in self.pipelines:
-                pipeline.in_b2 = None
+                pipeline.in_b2 = pipeline.sizes = None
         return samples
 
 

@@ -1,23 +1,26 @@
 """A trial of what SERAlgorithm needs from the algorithm that it wraps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from mmengine.logging import MessageHub
 from mmpretrain.structures import DataSample
-from torch import nn
+from torch import Tensor, nn
 
 from ser_mm.views import ViewBatch
 
 GRIDS = (4, 3), (3, 5)
 """Tokens of b2 in the two views of a trial, by height and width."""
+IMAGES = 2, 0
+"""Images of b2 in the steps of a trial."""
 
 
 def try_views(algorithm: nn.Module) -> None:
-    """Compute the loss of two small views once, and see what becomes of them.
+    """Compute the loss of two small views, and see what becomes of them; again without b2.
 
     It is done on a copy: weights, buffers, random state and message hub stay as they are.
 
@@ -26,9 +29,10 @@ def try_views(algorithm: nn.Module) -> None:
             ``token_map_channels``, only what it is handed is checked.
 
     Raises:
-        ValueError: If ``loss`` fails, does not hand each view to ``backbone`` once, or hands them
-            to more than one other backbone; if embeddings are missing, or a token map is or has
-            another shape than it should. The message is one sentence.
+        ValueError: If ``loss`` fails, does not hand each view to ``backbone`` once, hands them to
+            more than one other backbone, or returns no dict of tensors with a loss to minimize; if
+            embeddings are no tuple or too few, or a token map is missing or has another shape than
+            it should. The message is one sentence.
     """
     trial = deepcopy(algorithm)
     trial.train()
@@ -44,37 +48,139 @@ def try_views(algorithm: nn.Module) -> None:
         calls.append(given)
 
     def count(module: nn.Module, args: tuple, out: Any) -> None:
-        embeddings = out[-1] if isinstance(out, (tuple, list)) else out
-        if len(embeddings) != len(args[0]):
-            raise ValueError(f'{len(args[0])} images have {len(embeddings)} embeddings')
+        if not isinstance(out, (tuple, list)):
+            raise TypeError(f'`backbone` returns a {type(out).__name__}, not a tuple of embeddings')
+        if len(out[-1]) != len(args[0]):
+            raise ValueError(f'{len(args[0])} images have {len(out[-1])} embeddings')
 
     trial.backbone.register_forward_pre_hook(take)
     trial.backbone.register_forward_hook(count)
+    images = None
     try:
-        with torch.random.fork_rng(devices=[]), _first_iteration():
-            views = [_view(stride, grid) for grid in GRIDS]
-            trial.loss(views, [DataSample() for _ in range(len(views[0]))])
-            if channels is not None:
-                for view, grid in zip(views, GRIDS, strict=True):
-                    times = sum(call is view for call in calls)
-                    if times != 1:
-                        raise ValueError(f'its loss gives a view to `backbone` {times} times')
-                    _check_token_maps(view, trial.backbone, (len(view.equi), channels, *grid))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _first_iteration():
+            for images in IMAGES:
+                views = [_view(stride, grid, images) for grid in GRIDS]
+                reported = trial.loss(views, [DataSample() for _ in range(len(views[0]))])
+                if channels is not None:
+                    for view, grid in zip(views, GRIDS, strict=True):
+                        times = sum(call is view for call in calls)
+                        if times != 1:
+                            raise ValueError(f'its loss gives a view to `backbone` {times} times')
+                        _check_token_maps(view, trial.backbone, (images, channels, *grid))
+                _check_losses(reported, trial)
     except Exception as error:
         if channels is None and calls:
             return  # its use of the backbone is right, whatever a plain backbone makes of a view
-        cause = str(error).partition('\n')[0].rstrip('.')
+        cause = _one_sentence(error)
+        where = ' without images in b2' if images == 0 else ''
         raise ValueError(
             f'SERAlgorithm: algorithm={type(algorithm).__name__} cannot be wrapped: in a trial '
-            f'step, {cause or type(error).__name__}.'
+            f'step{where}, {cause}.'
         ) from error
 
 
-def _view(stride: int, grid: tuple[int, int]) -> ViewBatch:
+def try_projector(neck: nn.Module, head: nn.Module, channels: int) -> None:
+    """Compute the equivariance loss of two small token maps once, on copies.
+
+    Args:
+        neck (nn.Module): The projector, from a list of maps (N, C, h, w) to a list of as many
+            maps (N, C', h, w).
+        head (nn.Module): With ``loss(queries, keys)``, of two lists of such maps.
+        channels (int): C.
+
+    Raises:
+        ValueError: If one of them fails or gives something else. The message is one sentence.
+    """
+    neck, head = deepcopy(neck), deepcopy(head)
+    part, kind = 'neck', type(neck).__name__
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            maps = [torch.randn(2, channels, *grid) for grid in GRIDS]
+            projected = neck(maps)
+            shapes = [tuple(getattr(x, 'shape', ())) for x in projected]
+            if [(2, *shape[2:]) for shape in shapes] != [(2, *grid) for grid in GRIDS]:
+                raise ValueError(f'maps of 2 x {channels} x {GRIDS} become {shapes}')
+            part, kind = 'head', type(head).__name__
+            loss = head.loss(projected, projected)
+            if not isinstance(loss, Tensor) or loss.ndim:
+                raise TypeError(f'its loss is not a tensor without dimensions but {loss!r}')
+    except Exception as error:
+        cause = _one_sentence(error)
+        raise ValueError(
+            f'SERAlgorithm: {part}.type={kind} does not do for a list of two token maps: in a '
+            f'trial, {cause}; leave it out for SER{part.title()}.'
+        ) from error
+
+
+def _one_sentence(error: Exception) -> str:
+    """What an error says first, to be part of a sentence."""
+    return str(error).partition('\n')[0].rstrip('.').replace('. ', '; ') or type(error).__name__
+
+
+class _Watched(Tensor):
+    """A tensor that tells when it is used."""
+
+    use: Callable[[], Any]
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: tuple, args=(), kwargs=None) -> Any:
+        for x in _flat(args):
+            if isinstance(x, cls):
+                x.use()
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def _flat(args: Any) -> Iterator[Any]:
+    for x in args:
+        yield from _flat(x) if isinstance(x, (list, tuple)) else (x,)
+
+
+def seen_views(inputs: list) -> tuple[list, set[int]]:
+    """Views of which those beyond the first two tell when they are used.
+
+    Args:
+        inputs (list[ViewBatch | Tensor]): The views of a batch.
+
+    Returns:
+        tuple[list, set[int]]: The views, and the places of those that nobody has used so far.
+    """
+    unseen = set(range(2, len(inputs)))
+    views = list(inputs)
+    for i in unseen:
+        views[i] = inputs[i].as_subclass(_Watched)
+        views[i].use = partial(unseen.discard, i)
+    return views, unseen
+
+
+def _check_losses(reported: Any, algorithm: nn.Module) -> None:
+    """Refuse what MMEngine cannot sum, or what no gradient comes from."""
+    if not isinstance(reported, dict):
+        raise TypeError(f'its loss returns a {type(reported).__name__}, not a dict of tensors')
+    tensors = {
+        key: list(value) if isinstance(value, (list, tuple)) else [value]
+        for key, value in reported.items()
+    }
+    for key, values in tensors.items():
+        for value in values:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"its loss returns a {type(value).__name__} as '{key}', no tensor")
+    losses = [value for key, values in tensors.items() if 'loss' in key for value in values]
+    if not losses:
+        raise ValueError(
+            f"its loss returns {list(reported)}, none with 'loss' in its name, so that nothing is "
+            'minimized'
+        )
+    trained = any(p.requires_grad for p in algorithm.parameters())
+    if trained and not any(loss.requires_grad for loss in losses):
+        raise ValueError(f'no gradient comes from {list(reported)}, which its loss returns')
+
+
+def _view(stride: int, grid: tuple[int, int], images: int) -> ViewBatch:
     return ViewBatch(
         base=torch.randn(2, 3, 4 * stride, 4 * stride),
-        equi=torch.randn(2, 3, *(side * stride for side in grid)),
-        elements=torch.zeros(2, dtype=torch.int64),
+        equi=torch.randn(images, 3, *(side * stride for side in grid)),
+        elements=torch.zeros(images, dtype=torch.int64),
     )
 
 

@@ -1,5 +1,5 @@
-import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,21 @@ from mmpretrain.models import SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
+from ser_mm.arguments import Interval, Module, Positive, PositiveFloat, Rule, checked
 from ser_mm.geometry import draw_grid
 from ser_mm.models.photometry import Photometry
 from ser_mm.views import ViewBatch
 
+_CHANNELS = Rule('for one or three channels', lambda x: len(x) in (1, 3))
+
 
 @MODELS.register_module()
+@checked(
+    mean=Annotated[Sequence[float], _CHANNELS] | None,
+    std=Annotated[Sequence[PositiveFloat], _CHANNELS] | None,
+    pad_size_divisor=Positive,
+    pad_value=float,
+)
 class SERDataPreprocessor(SelfSupDataPreprocessor):
     """Normalize the views, split each into b1 and b2, and resize b2.
 
@@ -40,22 +49,14 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
 
     def __init__(
         self,
-        scale: tuple[float, float] = (0.7, 1.3),
-        aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        patch_size: int = 16,
-        photometry: Sequence[list[dict]] | None = None,
+        scale: Interval = (0.7, 1.3),
+        aspect_ratio: Interval = (3 / 4, 4 / 3),
+        patch_size: Positive = 16,
+        photometry: Sequence[list[Module]] | None = None,
         non_blocking: bool = True,
         **kwargs,
     ) -> None:
         super().__init__(non_blocking=non_blocking, **kwargs)
-        for name, bounds in dict(scale=scale, aspect_ratio=aspect_ratio).items():
-            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
-                raise ValueError(
-                    f'SERDataPreprocessor: {name}={tuple(bounds)} must be two positive numbers, '
-                    'the smaller one first.'
-                )
-        if patch_size <= 0:
-            raise ValueError(f'SERDataPreprocessor: patch_size={patch_size} must be positive.')
         self.scale = tuple(scale)
         self.aspect_ratio = tuple(aspect_ratio)
         if photometry and not self._channel_conversion:
@@ -109,6 +110,12 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         return (images - self.mean) / self.std if self._enable_normalize else images
 
     def _check(self, views: list[Tensor], record: Tensor) -> None:
+        if not isinstance(record, Tensor):
+            raise ValueError(
+                'SERDataPreprocessor: the images of the batch are not stacked; set '
+                "train_dataloader.collate_fn=dict(type='default_collate'), and have no other, such "
+                'as pseudo_collate.'
+            )
         if not views or record.ndim != 2 or record.dtype != torch.int64:
             raise ValueError(
                 'SERDataPreprocessor: the batch has lost its geometry records: the last of '
@@ -127,12 +134,14 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
                 f'SERDataPreprocessor: photometry has {len(self.photometry)} lists, but a batch '
                 f'{len(views)} views; give one list per view, [] for one without.'
             )
-        height, width = views[0].shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f'SERDataPreprocessor: images of {height} x {width} are not whole patches of '
-                f'patch_size={self.patch_size}; change the crop size of the views or patch_size.'
-            )
+        for view in views[: record.shape[1]]:
+            height, width = view.shape[-2:]
+            if height % self.patch_size or width % self.patch_size:
+                raise ValueError(
+                    f'SERDataPreprocessor: images of {height} x {width} are not whole patches of '
+                    f'patch_size={self.patch_size}; change the crop size of the views or '
+                    'patch_size.'
+                )
 
     def _resize(self, images: Tensor) -> Tensor:
         """Resize (N2, 3, H, W) to a grid of tokens drawn for this batch and view."""

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch
 from mmengine import dist
 from mmengine.model import BaseModel
-from mmpretrain.models import SelfSupDataPreprocessor
+from mmpretrain.models import ResNet, SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
-from ser_mm.models.contract import try_views
+from ser_mm.arguments import InitCfg, Module, NaturalFloat, checked
+from ser_mm.models.contract import seen_views, try_projector, try_views
 from ser_mm.models.data_preprocessor import SERDataPreprocessor
 from ser_mm.models.foreach_ema import use_foreach_update
 from ser_mm.views import ViewBatch
@@ -20,6 +21,7 @@ _PIXELS = {'mean', 'std', 'to_rgb'}
 
 
 @MODELS.register_module()
+@checked
 class SERAlgorithm(BaseModel):
     """Soft Equivariance Regularization around a two-view SSL algorithm (arXiv 2603.06693).
 
@@ -29,14 +31,16 @@ class SERAlgorithm(BaseModel):
 
     What the wrapped algorithm has to provide:
 
-    - ``backbone``, its online branch, which accepts a :class:`~ser_mm.views.ViewBatch`, returns
-      embeddings of b1 and b2, leaves the token map of b2 in ``ViewBatch.token_maps`` and tells
-      ``token_map_channels`` and ``token_map_stride``, as
-      :class:`~ser_mm.models.SERVisionTransformer` and :class:`~ser_mm.models.SERResNet` do;
+    - ``backbone``, its online branch, which accepts a :class:`~ser_mm.views.ViewBatch`, returns a
+      tuple whose last entry holds the embeddings of b1, then of b2, leaves the token map of b2 in
+      ``ViewBatch.token_maps`` and tells ``token_map_channels`` and ``token_map_stride``, as
+      :class:`~ser_mm.models.SERVisionTransformer` and :class:`~ser_mm.models.SERResNet` do. b2
+      may be empty: on several ranks, a rank may have none of its images;
     - ``loss(inputs, data_samples)``, which hands each of the first two of ``inputs``, whole and
       by itself, to ``backbone`` once, and does nothing else with them. A second backbone that it
       hands them to, most often a moving average of the first, is the momentum branch. Further
-      ``inputs`` are tensors, to do with as it likes.
+      ``inputs`` are tensors, to do with as it likes, but it has to use them. It returns a dict of
+      tensors, or of lists of them: what has 'loss' in its name is summed, the rest is logged.
 
     A trial step at build, on a copy and on images of a few tokens, shows whether it does. Where
     there is a process group it is left out, as it would need all ranks; a view that is used as a
@@ -55,7 +59,7 @@ class SERAlgorithm(BaseModel):
             Defaults to None.
         head (dict, optional): Config of the equivariance loss, its ``type`` by default
             :class:`~ser_mm.models.SERHead`. Defaults to None.
-        loss_weight (float): Weight of the equivariance loss. Defaults to 1.0.
+        loss_weight (float): Weight of the equivariance loss, 0 or more. Defaults to 1.0.
         detach_keys (bool): Stop the gradient to keys of the online branch, which provides them
             where there is no momentum branch. Keys of a momentum branch never carry gradient.
             Defaults to False.
@@ -67,8 +71,8 @@ class SERAlgorithm(BaseModel):
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: At build, if the wrapped algorithm does not meet the contract, or if the neck
-            or the preprocessor do not fit the backbone.
+        ValueError: At build, if an argument is of another type, the wrapped algorithm does not
+            meet the contract, or the neck, the head or the preprocessor do not fit.
 
     Example:
         >>> backbone = dict(type='SERVisionTransformer', arch='deit-small', ser_layer=3)
@@ -77,13 +81,13 @@ class SERAlgorithm(BaseModel):
 
     def __init__(
         self,
-        algorithm: dict,
+        algorithm: Module,
         neck: dict | None = None,
         head: dict | None = None,
-        loss_weight: float = 1.0,
+        loss_weight: NaturalFloat = 1.0,
         detach_keys: bool = False,
-        data_preprocessor: dict | None = None,
-        init_cfg: dict | None = None,
+        data_preprocessor: dict | nn.Module | None = None,
+        init_cfg: InitCfg = None,
     ) -> None:
         wrapped = MODELS.build(algorithm)
         use_foreach_update(wrapped)
@@ -97,8 +101,11 @@ class SERAlgorithm(BaseModel):
         with torch.random.fork_rng(devices=[]):
             self.ser_neck = _build_neck(neck, wrapped.backbone)
             self.ser_head = MODELS.build(dict(dict(type='SERHead'), **(head or {})))
+        if not dist.is_distributed():
+            try_projector(self.ser_neck, self.ser_head, wrapped.backbone.token_map_channels)
         self.loss_weight = loss_weight
         self.detach_keys = detach_keys
+        self._further_views = 0
         self.register_state_dict_post_hook(_to_keys_of_algorithm)
         self.register_load_state_dict_pre_hook(_from_keys_of_algorithm)
 
@@ -140,14 +147,45 @@ class SERAlgorithm(BaseModel):
             data_samples (list[DataSample], optional): Handed to the wrapped algorithm.
 
         Returns:
-            dict[str, Tensor]: ``loss_inv``, ``loss_ser``, and what the wrapped algorithm reports
-            beside its losses.
+            dict[str, Tensor]: ``loss_inv``, the sum of the losses that the wrapped algorithm
+            reports, and ``loss_ser``; what it reports beside its losses; and where these are
+            several, each of them, with ``inv`` for ``loss`` in its name.
+
+        Raises:
+            ValueError: At the first batch with more than two views, if the wrapped algorithm does
+                not look at each.
         """
-        reported = self.algorithm.loss(inputs, data_samples)
+        reported = self._report(inputs, data_samples)
         losses = dict(loss_inv=self.parse_losses(reported)[0])
-        losses.update((key, value) for key, value in reported.items() if 'loss' not in key)
+        parts = [key for key in reported if 'loss' in key]
+        losses.update((key, value) for key, value in reported.items() if key not in parts)
+        if len(parts) > 1:  # for the log; under a name with 'loss' they would count twice
+            losses.update((key.replace('loss', 'inv'), _detach(reported[key])) for key in parts)
         losses['loss_ser'] = self.loss_weight * self._equivariance_loss(inputs[:2])
         return losses
+
+    def _report(
+        self, inputs: list[ViewBatch], data_samples: list[DataSample] | None
+    ) -> dict[str, Tensor]:
+        """The losses of the wrapped algorithm; at first, whether it looks at all views."""
+        watched, unseen = inputs, set()
+        if len(inputs) > 2 + self._further_views:
+            watched, unseen = seen_views(inputs)
+            self._further_views = len(inputs) - 2
+        try:
+            reported = self.algorithm.loss(watched, data_samples)
+        except ValueError as error:
+            if len(inputs[0]) == 1 and 'more than 1 value per channel' in str(error):
+                raise _one_image() from error
+            raise
+        if unseen:
+            raise ValueError(
+                f'SERAlgorithm: views={len(inputs)} reach algorithm='
+                f'{type(self.algorithm).__name__}, which does not look at number '
+                f'{min(unseen) + 1}; give EquivariantViewPipeline two views, or wrap an algorithm '
+                'that takes more, such as DINO.'
+            )
+        return reported
 
     def _equivariance_loss(self, views: list[ViewBatch]) -> Tensor:
         queries, keys = self._project(views)
@@ -183,6 +221,11 @@ class SERAlgorithm(BaseModel):
 def _check_algorithm(algorithm: nn.Module) -> None:
     """Refuse an algorithm that does not meet the contract of SERAlgorithm."""
     name = type(algorithm).__name__
+    if isinstance(algorithm, SERAlgorithm):
+        raise ValueError(
+            'SERAlgorithm: algorithm=SERAlgorithm is in SER already; wrap what is in it, or leave '
+            'out the outer one.'
+        )
     backbone = getattr(algorithm, 'backbone', None)
     if backbone is None:
         raise ValueError(
@@ -192,9 +235,14 @@ def _check_algorithm(algorithm: nn.Module) -> None:
     if not dist.is_distributed():
         try_views(algorithm)
     if getattr(backbone, 'token_map_channels', None) is None:
+        remedy = "use type='SERVisionTransformer' with ser_layer=3, say"
+        if hasattr(backbone, 'ser_layer'):
+            remedy = f'backbone.ser_layer={backbone.ser_layer}, set it to 3, say'
+        elif isinstance(backbone, ResNet):
+            remedy = "use type='SERResNet' with ser_layer=3, say"
         raise ValueError(
             f'SERAlgorithm: the backbone of {name}, {type(backbone).__name__}, gives no token '
-            "map; use type='SERVisionTransformer' with ser_layer=3, say."
+            f'map; {remedy}.'
         )
 
 
@@ -255,6 +303,18 @@ def _not_splitting(kind: type) -> ValueError:
         f'SERAlgorithm: data_preprocessor.type={kind.__name__} does not split views into b1 and '
         "b2; use type='SERDataPreprocessor', or leave it out."
     )
+
+
+def _one_image() -> ValueError:
+    return ValueError(
+        'SERAlgorithm: a batch of 1 image has no variance for BatchNorm; raise '
+        'train_dataloader.batch_size to 2 or more, and where only the last batch of an epoch is so '
+        'small, set train_dataloader.drop_last=True.'
+    )
+
+
+def _detach(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return value.detach() if isinstance(value, Tensor) else [x.detach() for x in value]
 
 
 def _to_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

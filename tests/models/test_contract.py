@@ -117,6 +117,54 @@ class WrongMap(Dropping):
         return (torch.cat([x.base.mean(dim=(2, 3)), x.equi.mean(dim=(2, 3))]),)
 
 
+@MODELS.register_module(force=True)
+class BareTensor(WrongMap):
+    def forward(self, x):
+        return super().forward(x)[-1]
+
+
+@MODELS.register_module(force=True)
+class NeverEmpty(Dropping):
+    """A backbone that computes on b2 what an empty batch does not have."""
+
+    def forward(self, x):
+        maps = nn.functional.avg_pool2d(x.equi, 8).mean(1, keepdim=True).expand(-1, 48, -1, -1)
+        x.token_maps[self] = maps - maps.amax()
+        return (torch.cat([x.base.mean(dim=(2, 3)), x.equi.mean(dim=(2, 3))]),)
+
+
+@MODELS.register_module(force=True)
+class Returning(OwnAlgorithm):
+    """Someone's own, whose loss returns something else."""
+
+    def __init__(self, backbone, what):
+        super().__init__(backbone)
+        self.what = what
+
+    def loss(self, inputs, data_samples=None):
+        a, b = (self.backbone_of(view) for view in inputs[:2])
+        total = (a - b).square().mean()
+        return {
+            'tensor': total,
+            'float': dict(loss=total.item()),
+            'none': dict(loss=None),
+            'other name': dict(total=total),
+            'nothing': {},
+            'detached': dict(loss=total.detach()),
+            'parts': dict(loss_a=total, loss_b=[total, 2 * total], spread=a.std().detach()),
+        }[self.what]
+
+
+RETURNED = {
+    'tensor': 'its loss returns a Tensor, not a dict',
+    'float': "its loss returns a float as 'loss', no tensor",
+    'none': "its loss returns a NoneType as 'loss', no tensor",
+    'other name': r"its loss returns \['total'\], none with 'loss' in its name",
+    'nothing': r'its loss returns \[\], none with',
+    'detached': r"no gradient comes from \['loss'\]",
+}
+
+
 def own(kind, backbone=BACKBONE):
     return with_ser(dict(type=kind, backbone=backbone))
 
@@ -206,7 +254,27 @@ REFUSED = {
         simsiam(dict(type='VisionTransformer', arch='deit-tiny', img_size=32), mlp(192)),
         'gives no token map; use',
     ),
-    'no ser_layer': (simsiam(dict(BACKBONE, ser_layer=None), mlp(48)), 'gives no token map; use'),
+    'no ser_layer': (
+        simsiam(dict(BACKBONE, ser_layer=None), mlp(48)),
+        'gives no token map; backbone.ser_layer=None, set it to 3',
+    ),
+    'ResNet': (
+        simsiam(dict(type='ResNet', depth=18), mlp(512, with_avg_pool=True)),
+        "ResNet, gives no token map; use type='SERResNet' with ser_layer=3",
+    ),
+    'SER in SER': (ALGORITHMS['simsiam'], 'algorithm=SERAlgorithm is in SER already'),
+    'tensor of embeddings': (
+        dict(type='OwnAlgorithm', backbone=dict(type='BareTensor')),
+        '`backbone` returns a Tensor, not a tuple of embeddings',
+    ),
+    'b2 never empty': (
+        dict(type='OwnAlgorithm', backbone=dict(type='NeverEmpty')),
+        'in a trial step without images in b2, ',
+    ),
+    **{
+        f'loss returns {what}': (dict(type='Returning', backbone=BACKBONE, what=what), why)
+        for what, why in RETURNED.items()
+    },
 }
 
 
@@ -218,6 +286,57 @@ def test_what_cannot_work_is_refused_at_build_in_one_sentence(name):
     message = str(error.value)
     assert message.startswith('SERAlgorithm: ') and algorithm['type'] in message
     assert message.endswith('.') and '\n' not in message and '. ' not in message
+
+
+def test_parts_of_a_loss_stay_in_the_log_and_count_once():
+    model = build(with_ser(dict(type='Returning', backbone=BACKBONE, what='parts')))
+    losses = model.loss(two_views(), [None] * 9)
+    assert set(losses) == {'loss_inv', 'loss_ser', 'spread', 'inv_a', 'inv_b'}
+    total, logged = model.parse_losses(losses)
+    assert torch.equal(total, losses['loss_inv'] + losses['loss_ser'])
+    torch.testing.assert_close(logged['inv_a'] + logged['inv_b'], losses['loss_inv'])
+    assert not logged['inv_a'].requires_grad
+
+
+NECKS = {
+    'another neck': (dict(neck=mlp(EMBED_DIMS)), 'neck.type=NonLinearNeck does not do'),
+    'pyramid': (dict(neck=dict(type='SimpleFPN')), 'neck.type=SimpleFPN does not do'),
+    'another head': (dict(head=dict(type='DINOHead')), 'head.type=DINOHead does not do'),
+    'a neck for a head': (
+        dict(head=dict(type='SERNeck', in_channels=48)),
+        'head.type=SERNeck does not do .* leave it out for SERHead',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', NECKS)
+def test_projector_and_loss_of_another_kind(name):
+    options, why = NECKS[name]
+    with pytest.raises(ValueError, match=why) as error:
+        MODELS.build(with_ser(simsiam(BACKBONE, mlp(EMBED_DIMS)), **options))
+    message = str(error.value)
+    assert message.endswith('.') and '\n' not in message
+
+
+@pytest.mark.parametrize('name', ['mocov3', 'dino'])
+def test_a_third_view_has_to_be_seen(name):
+    model = build(ALGORITHMS[name])
+    views = [*two_views(), torch.randn(9, 3, 16, 16), torch.randn(9, 3, 16, 16)]
+    if name == 'dino':  # local crops
+        losses = [model.loss(views, [None] * 9) for _ in range(2)]
+        assert all(type(x) is torch.Tensor for x in losses[0].values())
+        assert losses[0].keys() == losses[1].keys()
+    else:
+        with pytest.raises(ValueError, match='views=4 .*algorithm=MoCoV3.* number 3; give'):
+            model.loss(views, [None] * 9)
+
+
+def test_batch_of_one_image():
+    model = build(ALGORITHMS['simsiam'])  # its projector has BatchNorm
+    with pytest.raises(ValueError, match=r'batch of 1 image .* train_dataloader\.batch_size to 2'):
+        model.loss(two_views(n1=1, n2=0), [None])
+    without = build(own('OwnMomentumAlgorithm'))
+    assert without.loss(two_views(n1=1, n2=0), [None])['loss_inv'].isfinite()
 
 
 @pytest.mark.parametrize('name', ['byol', 'barlowtwins_resnet'])

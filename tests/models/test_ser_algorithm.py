@@ -222,7 +222,7 @@ def test_what_the_wrapped_algorithm_reports_is_kept():
     total, logged = model.parse_losses(model.loss([]))
     assert total == 26
     assert {k: float(v) for k, v in logged.items()} == dict(
-        loss=26, loss_inv=6, loss_ser=20, accuracy=0.5
+        loss=26, loss_inv=6, inv_a=1, inv_b=5, loss_ser=20, accuracy=0.5
     )
 
 

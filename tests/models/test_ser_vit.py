@@ -318,7 +318,7 @@ def test_initialization_of_deit_and_dino():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
             assert not module.bias.any()
     assert network.cls_token.std().item() == pytest.approx(0.02, rel=0.4)
-    with pytest.raises(ValueError, match="linear_init='normal'; choose 'xavier'"):
+    with pytest.raises(ValueError, match="linear_init='normal' must be 'xavier'"):
         SERVisionTransformer(**ARCH, linear_init='normal')
 
 

@@ -1,11 +1,13 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Annotated
 
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform, Compose
 from mmpretrain.registry import TRANSFORMS
 
+from ser_mm.arguments import Module, Positive, Share, checked, filled
 from ser_mm.datasets.transforms.policy import derive_crop, derive_photometry, find_geometry
 from ser_mm.geometry import NUM_ELEMENTS, act_on_array
 
@@ -14,8 +16,11 @@ NOT_IN_B2 = -1
 NOT_ASSIGNED = -2
 """Stands in that of an image of which nobody said whether it is in b1 or b2."""
 
+Pipeline = Sequence[Module | Callable]
+
 
 @TRANSFORMS.register_module()
+@checked
 class EquivariantViewPipeline(BaseTransform):
     """Make the views of an image: by the base policy for b1, or equivariant ones for b2.
 
@@ -39,20 +44,22 @@ class EquivariantViewPipeline(BaseTransform):
             further ones beyond the first two (local crops), which b2 gets as b1 does. MultiView's
             arguments do as well: ``transforms`` with ``num_views``.
         equi_crop (list, optional): Pipeline that crops an image of b2, to the size of ``views``,
-            square. Defaults to None: the crop that the first two of ``views`` begin with.
+            square; ``[]`` for images that are so already. Defaults to None: the crop that the
+            first two of ``views`` begin with.
         equi_views (Sequence[list], optional): Photometric pipeline of each view of b2; two of them.
             Leave photometry out of these and of ``views`` to have it done on the device, by
             ``photometry`` of :class:`~ser_mm.models.SERDataPreprocessor`. Defaults to None: the
             first two of ``views`` without crop and flip.
-        equi_ratio (float): Share of the images of a batch in b2. Defaults to 0.01.
+        equi_ratio (float): Share of the images of a batch in b2, 0 to 1. Defaults to 0.01.
         transforms (Sequence[list], optional): Another name of ``views``. Defaults to None.
         num_views (int | Sequence[int], optional): How often each of ``transforms`` is a view.
             Defaults to None: once.
 
     Raises:
-        ValueError: If ``equi_ratio`` is outside [0, 1], there are fewer than two views, the policy
-            of b2 cannot be derived, ``equi_views`` move the content of an image, or ``equi_crop``
-            gives an image that is not square.
+        ValueError: If an argument is of another type, there are fewer than two views, the policy
+            of b2 cannot be derived, or ``equi_views`` move the content of an image; when images
+            are read, if those of a batch differ in size, or ``equi_crop`` gives one that is not
+            square.
 
     Example:
         >>> crop = dict(type='RandomResizedCrop', scale=224)
@@ -62,18 +69,13 @@ class EquivariantViewPipeline(BaseTransform):
 
     def __init__(
         self,
-        views: Sequence[list] | None = None,
-        equi_crop: list | None = None,
-        equi_views: Sequence[list] | None = None,
-        equi_ratio: float = 0.01,
-        transforms: Sequence[list] | None = None,
-        num_views: int | Sequence[int] | None = None,
+        views: Sequence[Pipeline] | None = None,
+        equi_crop: Pipeline | Module | None = None,
+        equi_views: Sequence[Pipeline] | None = None,
+        equi_ratio: Share = 0.01,
+        transforms: Sequence[Pipeline] | None = None,
+        num_views: Positive | Annotated[Sequence[Positive], filled] | None = None,
     ) -> None:
-        if not 0 <= equi_ratio <= 1:
-            raise ValueError(
-                f'EquivariantViewPipeline: equi_ratio={equi_ratio} is the share of images in b2; '
-                'choose it within [0, 1].'
-            )
         views = _expand(views, transforms, num_views)
         if len(views) < 2 or (equi_views is not None and len(equi_views) != 2):
             raise ValueError(
@@ -98,6 +100,8 @@ class EquivariantViewPipeline(BaseTransform):
         self.equi_ratio = equi_ratio
         self.in_b2: bool | None = None
         """Where the next image belongs; None where nobody says."""
+        self.sizes: dict[int, str] | None = None
+        """Size that each view has in this batch; None where images make no batch."""
 
     def transform(self, results: dict) -> dict:
         """Make the views of one image.
@@ -128,8 +132,24 @@ class EquivariantViewPipeline(BaseTransform):
                 for view, element in zip(self.equi_views, record, strict=True)
             ]
         images += [view(deepcopy(results))['img'] for view in self.views[len(images) :]]
+        self._compare(images, bool(in_b2))
         results['img'] = [*images, torch.from_numpy(record)]
         return results
+
+    def _compare(self, images: list[np.ndarray], in_b2: bool) -> None:
+        """Refuse an image that cannot be in one batch with those before."""
+        if self.sizes is None:
+            return
+        for v, image in enumerate(images):
+            size = ' x '.join(map(str, image.shape[:2]))
+            before = self.sizes.setdefault(v, size)
+            if size != before:
+                own = in_b2 and v < len(self.equi_views)
+                place = f'equi_crop with equi_views[{v}]' if own else f'views[{v}]'
+                raise ValueError(
+                    f'EquivariantViewPipeline: {place} gives an image of {size}, others of the '
+                    f'same view are {before}; crop or resize to one size in views and equi_crop.'
+                )
 
     def __repr__(self) -> str:
         return (
@@ -139,10 +159,10 @@ class EquivariantViewPipeline(BaseTransform):
 
 
 def _expand(
-    views: Sequence[list] | None,
-    transforms: Sequence[list] | None,
+    views: Sequence[Pipeline] | None,
+    transforms: Sequence[Pipeline] | None,
     num_views: int | Sequence[int] | None,
-) -> list[list]:
+) -> list[Pipeline]:
     """One pipeline per view, from ``views`` or from MultiView's arguments."""
     if (views is None) == (transforms is None):
         raise ValueError(
@@ -150,8 +170,7 @@ def _expand(
             "MultiView's transforms=[...] with num_views."
         )
     pipelines = list(views or transforms or [])
-    counts = [1] * len(pipelines) if num_views is None else num_views
-    counts = [counts] if isinstance(counts, int) else list(counts)
+    counts = [1] * len(pipelines) if num_views is None else np.atleast_1d(num_views).tolist()
     if len(counts) != len(pipelines):
         raise ValueError(
             f'EquivariantViewPipeline: num_views={num_views} has {len(counts)} numbers for '

@@ -1,6 +1,7 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
 from mmpretrain.models.backbones import ResNet
@@ -8,11 +9,25 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ser_mm.arguments import InitCfg, Natural, Positive, Share, at_least, checked, filled
 from ser_mm.checkpoint import StrictPretrained
 from ser_mm.views import ViewBatch
 
 
 @MODELS.register_module()
+@checked(
+    in_channels=Positive,
+    stem_channels=Positive,
+    base_channels=Positive,
+    expansion=Positive | None,
+    num_stages=Positive,
+    strides=Annotated[Sequence[Positive], filled],
+    dilations=Annotated[Sequence[Positive], filled],
+    out_indices=Annotated[Sequence[Natural], filled],
+    frozen_stages=Annotated[int, at_least(-1)],
+    norm_cfg=dict,
+    drop_path_rate=Share,
+)
 class SERResNet(StrictPretrained, ResNet):
     """MMPretrain's ResNet with the feature map of a stage as the token map for SER.
 
@@ -36,15 +51,16 @@ class SERResNet(StrictPretrained, ResNet):
         **kwargs: Those of ``ResNet``.
 
     Raises:
-        ValueError: If ``ser_layer`` is outside the network, or meets ``with_cp``.
+        ValueError: If an argument is of another type, or ``ser_layer`` is outside the network or
+            meets ``with_cp``.
     """
 
     def __init__(
         self,
-        depth: int,
+        depth: Positive,
         *args,
         ser_layer: int | None = None,
-        init_cfg: dict | list | None = None,
+        init_cfg: InitCfg = None,
         **kwargs,
     ) -> None:
         if init_cfg is not None:

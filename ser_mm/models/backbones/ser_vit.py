@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import torch
 from mmpretrain.models.backbones import VisionTransformer
@@ -8,6 +9,17 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ser_mm.arguments import (
+    InitCfg,
+    Name,
+    NaturalFloat,
+    Positive,
+    Share,
+    Size,
+    at_least,
+    checked,
+    filled,
+)
 from ser_mm.checkpoint import StrictPretrained
 from ser_mm.views import ViewBatch
 
@@ -16,6 +28,21 @@ Shapes = list[tuple[int, int]]
 
 
 @MODELS.register_module()
+@checked(
+    img_size=Size,
+    patch_size=Size,
+    in_channels=Positive,
+    out_indices=int | Annotated[Sequence[int], filled],
+    drop_rate=Share,
+    drop_path_rate=Share,
+    norm_cfg=dict,
+    out_type=Literal['cls_token', 'featmap', 'avg_featmap', 'raw'],
+    frozen_stages=Annotated[int, at_least(-1)],
+    interpolate_mode=Name,
+    layer_scale_init_value=NaturalFloat,
+    patch_cfg=dict,
+    layer_cfgs=dict | Sequence[dict],
+)
 class SERVisionTransformer(StrictPretrained, VisionTransformer):
     """MMPretrain's ViT with a late [CLS] token and a token map for SER (paper, Section 3).
 
@@ -50,29 +77,24 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         **kwargs: Those of ``VisionTransformer``.
 
     Raises:
-        ValueError: If a layer is outside the network, the image size is not a multiple of the
-            patch size, [CLS] is asked for at an output before it is inserted, or ``linear_init``
-            is unknown.
+        ValueError: If an argument is of another type, a layer is outside the network, the image
+            size is not a multiple of the patch size, or [CLS] is asked for at an output before it
+            is inserted.
     """
 
     def __init__(
         self,
-        arch: str | dict = 'deit-small',
+        arch: Name | Annotated[dict, filled] = 'deit-small',
         *args,
         ser_layer: int | None = None,
         cls_layer: int | None = None,
         stop_grad_conv1: bool = False,
         with_cp: bool = False,
-        linear_init: str = 'xavier',
-        init_cfg: dict | list | None = None,
+        linear_init: Literal['xavier', 'trunc_normal'] = 'xavier',
+        init_cfg: InitCfg = None,
         **kwargs,
     ) -> None:
         super().__init__(arch, *args, init_cfg=init_cfg, **kwargs)
-        if linear_init not in ('xavier', 'trunc_normal'):
-            raise ValueError(
-                f"SERVisionTransformer: linear_init='{linear_init}'; choose 'xavier' or "
-                "'trunc_normal'."
-            )
         self.linear_init = linear_init
         depth = self.num_layers
         if ser_layer is not None and not 1 <= ser_layer <= depth:
