@@ -1,5 +1,6 @@
 """Features of a data set by a frozen network, extracted once on all ranks and kept on disk."""
 
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mmengine.fileio
 import numpy as np
@@ -18,7 +19,12 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dataset import default_collate
 from mmengine.device import get_device
-from mmengine.dist import barrier, broadcast_object_list, get_dist_info
+from mmengine.dist import (
+    all_gather_object,
+    barrier,
+    broadcast_object_list,
+    get_dist_info,
+)
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
@@ -26,6 +32,8 @@ from torch import Tensor, nn
 from ser_mm.engine.logs import tell_progress
 from ser_mm.evaluation.backbone import as_config, build_backbone
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
+from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
+from ser_mm.files import read_kept, replacing
 
 
 class Embedder(nn.Module):
@@ -198,8 +206,10 @@ class CachedFeatures:
 
     The name of a file in the cache changes with whatever the features depend on: the content of
     the checkpoint, the backbone's config, ``blocks``, the head, the normalization, the config of
-    the data set with its transforms, and its files by name, size and label. The file gets its
-    name when it is complete. Several machines have to share the folder.
+    the data set with its transforms, and its files by name, size, time of the last change and
+    label. A file that cannot be read is made again. What is extracted when an image cannot be
+    read, or on an interruption by Ctrl-C, is kept, and the next call extracts the rest. Several
+    machines have to share the folder.
 
     Args:
         cfg (Config): Config of a run, with ``evaluation``.
@@ -267,60 +277,104 @@ class CachedFeatures:
             frames, (N, T, C) or (N, T). With ``main_only``, None on the other ranks.
 
         Raises:
-            ValueError: If the config, the checkpoint and ``blocks`` do not go together.
+            ValueError: If the config, the checkpoint and ``blocks`` do not go together, or if
+                images cannot be read; it names them, and the others' features are kept.
         """
-        preprocessor, loader = build_loader(
-            self.cfg, split, batch_size or self.batch_size, self.num_workers
-        )
+        batch_size = batch_size or self.batch_size
+        preprocessor, loader = build_loader(self.cfg, split, batch_size, self.num_workers)
         rank, world_size = get_dist_info()
-        found: list[Any] = [None, None, None]
+        rows: _Rows | None = None
+        shares: dict[Path, _Rows] = {}
+        found: list[Any] = [None, None]
         if rank == 0:
             print(f'{split}: features of {len(loader.dataset)} images', flush=True)
-            key = self._key(split, loader.dataset, preprocessor, head)
-            path = self.cache_dir / f'{split.replace("/", "-")}-{key}.npz'
-            # Another process may be after the same features: each has part files of its own.
-            found = [path, path.exists(), uuid.uuid4().hex]
+            entry = self._entry(split, loader.dataset, preprocessor, head)
+            rows = read_kept(entry.file, entry.read)
+            missing = None
+            if rows is None:
+                shares = entry.read_shares()
+                known = {stamp for share in shares.values() for stamp in share.stamps}
+                missing = np.flatnonzero([stamp not in known for stamp in entry.stamps])
+            found = [entry, missing]
         broadcast_object_list(found)
-        path, cached, run = found
-        if not cached:
+        entry, missing = found
+        if missing is not None:
             self.network.set_head(head)
-            batches = loader
+            indices = missing[rank::world_size]
+            batches: Iterable[ReadBatch] = read_batches(loader, indices, batch_size)
             if rank == 0:
-                batches = tell_progress(loader, len(loader), f'{split}: batch')
-            parts = [path.with_suffix(f'.{run}.part{i}.npz') for i in range(world_size)]
-            _save(parts[rank], *extract_features(self.network, preprocessor, batches))
+                total = -(-len(indices) // batch_size)
+                batches = tell_progress(batches, total, f'{split}: batch')
+            own, unreadable = self._extract(preprocessor, batches, entry)
+            said = all_gather_object((own is not None, unreadable))
+            unreadable = [x for _, some in said for x in some]
+            if own and (rank or unreadable):
+                entry.write_share(own)
             barrier()
+            is_kept = shares or any(has for has, _ in said)
+            refuse(split, unreadable, len(entry.stamps), entry.advice if is_kept else '')
             if rank == 0:
-                _join(parts, path)
+                if world_size > 1:
+                    shares = entry.read_shares()
+                rows = _Rows.join([*shares.values(), *([own] if own else [])], entry.stamps)
+                rows.write(entry.file, entry.key)
+                for file in shares:
+                    file.unlink(missing_ok=True)
             barrier()
         if main_only and rank:
             return None
-        with np.load(path) as arrays:
-            return torch.from_numpy(arrays['features']), torch.from_numpy(arrays['labels'])
+        rows = rows or entry.read(entry.file)
+        return torch.from_numpy(rows.features), torch.from_numpy(rows.labels)
 
-    def _key(
-        self,
-        split: str,
-        dataset: torch.utils.data.Dataset,
-        preprocessor: nn.Module,
-        head: nn.Linear | None,
-    ) -> str:
-        """A name for all that features depend on."""
+    def _extract(
+        self, preprocessor: nn.Module, batches: Iterable[ReadBatch], entry: '_Entry'
+    ) -> tuple['_Rows | None', list[Unreadable]]:
+        """Rows of images, and those that cannot be read; on an interruption rows are kept."""
+        features, labels, places, unreadable = [], [], [], []
+
+        def rows() -> _Rows | None:
+            if not places:
+                return None
+            arrays = torch.cat(features).numpy(), torch.cat(labels).numpy()
+            return _Rows(*arrays, entry.stamps[places])
+
+        try:
+            for batch in batches:
+                unreadable += batch.unreadable
+                if batch.content is not None:
+                    some = extract_features(self.network, preprocessor, [batch.content])
+                    features.append(some[0])
+                    labels.append(some[1])
+                    places += batch.indices
+                elif not places:
+                    break  # none of the first can be read: it need not be the images
+        except BaseException:
+            found = rows()
+            if found:
+                with suppress(OSError):  # what interrupted is what is told
+                    entry.write_share(found)
+            raise
+        return rows(), unreadable
+
+    def _entry(
+        self, split: str, dataset: Any, preprocessor: nn.Module, head: nn.Linear | None
+    ) -> '_Entry':
+        """Where the features of a data set are kept, by all that they depend on."""
         digest = self._weights.copy()
         model = self.cfg.model.get('algorithm') or self.cfg.model
         pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
-        settings = [model.get('backbone'), self.cfg.evaluation[split], pixels, self.blocks]
+        evaluation = self.cfg.evaluation
+        network = [model.get('backbone'), evaluation.get('prefix'), self.blocks]
+        settings = [network, evaluation[split], pixels]
         digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
         if head is not None:
             for values in head.parameters():
                 digest.update(values.detach().cpu().numpy().tobytes())
-        for i in range(len(dataset)):
-            info = dataset.get_data_info(i)
-            file, size = info.get('img_path'), None
-            with suppress(OSError, TypeError):  # not in this file system, or not a file
-                size = os.stat(file).st_size
-            digest.update(f'{file} {size} {info.get("gt_label")}\n'.encode())
-        return digest.hexdigest()[:20]
+        stamps = np.array(stamp_images(dataset), dtype='S32')
+        kind = digest.hexdigest()[:20]
+        digest.update(stamps.tobytes())
+        prefix = self.cache_dir / split.replace('/', '-')
+        return _Entry(prefix, kind, digest.hexdigest()[:20], stamps)
 
 
 def load_features(
@@ -358,23 +412,97 @@ def load_features(
     return source.load(split, head, main_only=main_only)
 
 
-def _save(path: Path, features: Tensor, labels: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('wb') as file:
-        np.savez(file, features=features.numpy(), labels=labels.numpy())
+def stamp_images(dataset: Any) -> list[str]:
+    """What tells whether the images of a data set are the same as before.
+
+    Args:
+        dataset (BaseDataset): Of MMEngine's kind, with ``get_data_info``.
+
+    Returns:
+        list[str]: For each image a digest, of 32 characters, of its path, label, size and time of
+        the last change; the latter two of files in this file system.
+    """
+    stamps = []
+    for i in range(len(dataset)):
+        info = dataset.get_data_info(i)
+        file, status = info.get('img_path'), None
+        with suppress(OSError, TypeError):  # not in this file system, or not a file
+            found = os.stat(file)
+            status = found.st_size, found.st_mtime_ns
+        about = f'{file} {status} {info.get("gt_label")}'
+        stamps.append(hashlib.sha256(about.encode(errors='surrogateescape')).hexdigest()[:32])
+    return stamps
 
 
-def _join(parts: list[Path], path: Path) -> None:
-    """Put what the ranks wrote, each every ``len(parts)``-th image, into one file."""
-    if len(parts) > 1:
-        arrays = [dict(np.load(part)) for part in parts]
-        whole = {}
-        for name in ('features', 'labels'):
-            shares = [array[name] for array in arrays]
-            whole[name] = np.empty((sum(map(len, shares)), *shares[0].shape[1:]), shares[0].dtype)
-            for rank, share in enumerate(shares):
-                whole[name][rank :: len(parts)] = share
-        _save(parts[0], **{name: torch.from_numpy(array) for name, array in whole.items()})
-    parts[0].replace(path)
-    for part in parts[1:]:
-        part.unlink()
+class _Rows(NamedTuple):
+    """Features of images, their labels, and the images' stamps, (N,)."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    stamps: np.ndarray
+
+    def write(self, file: Path, about: str) -> None:
+        """Write them, with what tells the kind of features."""
+        with replacing(file) as part, part.open('wb') as opened:
+            np.savez(opened, about=np.array(about), **self._asdict())
+
+    @classmethod
+    def read(cls, file: Path, about: str, count: int | None = None) -> '_Rows':
+        """Read what :meth:`write` wrote; a ValueError or another if a file holds anything else."""
+        with np.load(file) as arrays:
+            rows = cls(*(arrays[name] for name in cls._fields))
+            found = str(arrays['about'])
+        count = len(rows.features) if count is None else count
+        if found != about or [len(array) for array in rows] != [count] * 3:
+            raise ValueError('it holds features of other images')
+        return rows
+
+    @classmethod
+    def join(cls, parts: 'Sequence[_Rows]', stamps: np.ndarray) -> '_Rows':
+        """The rows of images, in their order, out of parts that have them in any order."""
+        whole = cls(*map(np.concatenate, zip(*parts, strict=True)))
+        if np.array_equal(whole.stamps, stamps):
+            return whole
+        places = {stamp: i for i, stamp in enumerate(whole.stamps)}
+        order = [places[stamp] for stamp in stamps]
+        return cls(*(array[order] for array in whole))
+
+
+class _Entry(NamedTuple):
+    """The features of a data set in the cache."""
+
+    prefix: Path
+    kind: str
+    """What features depend on, the images left out."""
+    key: str
+    """What features depend on."""
+    stamps: np.ndarray
+    """Of the images, (N,)."""
+
+    @property
+    def file(self) -> Path:
+        return Path(f'{self.prefix}-{self.key}.npz')
+
+    @property
+    def advice(self) -> str:
+        return f' The others are kept in {self.file.parent}; the same command extracts the rest.'
+
+    def read(self, file: Path) -> _Rows:
+        """Read all features."""
+        return _Rows.read(file, self.key, len(self.stamps))
+
+    def write_share(self, rows: _Rows) -> None:
+        """Keep some of the features, until there are all."""
+        rows.write(Path(f'{self.prefix}-{self.kind}.share-{uuid.uuid4().hex}.npz'), self.kind)
+
+    def read_shares(self) -> dict[Path, _Rows]:
+        """Features that calls have kept, by file; a damaged file is removed."""
+        shares = {}
+        pattern = f'{glob.escape(self.prefix.name)}-{self.kind}.share-*.npz'
+        for file in sorted(self.file.parent.glob(pattern)):
+            rows = read_kept(file, lambda file: _Rows.read(file, self.kind))
+            if rows is None:
+                file.unlink(missing_ok=True)
+            else:
+                shares[file] = rows
+        return shares

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ser_mm.engine.logs import tell_progress
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.metrics import accuracy
+from ser_mm.files import read_kept, replacing
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SOLVERS = ('lbfgs', 'sgd')
@@ -187,13 +187,20 @@ def select_linear_head(
         for tensor in (features, labels):
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
         path = Path(cache_dir, f'head-{digest.hexdigest()[:20]}.npz')
-    if path is not None and path.exists():
-        with np.load(path) as arrays:
-            found = dict(arrays)
-    else:
+    classes = int(labels.max()) + 1
+    shapes = [(features.shape[1], classes), (classes,), (), (len(learning_rates),)]
+
+    def read(file: Path) -> dict[str, np.ndarray]:
+        with np.load(file) as arrays:
+            kept = {name: arrays[name] for name in ('weight', 'bias', 'best', 'top1')}
+        if [array.shape for array in kept.values()] != shapes:
+            raise ValueError('it holds another head')
+        return kept
+
+    found = read_kept(path, read) if path else None
+    if found is None:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         held, rest = order[:count], order[count:]
-        classes = int(labels.max()) + 1
         weight, bias = fit_linear_heads(
             features[rest], labels[rest], learning_rates, classes, epochs, batch_size, seed
         )
@@ -203,10 +210,8 @@ def select_linear_head(
         best = int(top1.argmax())
         found = dict(weight=weight[best].numpy(), bias=bias[best].numpy(), best=best, top1=top1)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f'.{uuid.uuid4().hex}.part.npz')  # another may fit it too
-            np.savez(partial, **found)
-            partial.replace(path)
+            with replacing(path) as part:
+                np.savez(part, **found)
     weight, bias = (torch.from_numpy(found[name]) for name in ('weight', 'bias'))
     best, top1 = int(found['best']), found['top1'].tolist()
     head = nn.Linear(*weight.shape)

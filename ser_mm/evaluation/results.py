@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 import statistics
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
+
+from ser_mm.files import write_text
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -51,22 +51,6 @@ def make_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
         '| ' + ' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + ' |'
         for line in lines
     )
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all, so that no reader and no interruption finds half of it.
-
-    Args:
-        file (Path): File to write; its folder is made if it is not there.
-        text (str): Its content.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f'.{file.name}.{uuid.uuid4().hex}')
-    try:
-        partial.write_text(text)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_results(out: Path, name: str, results: dict, text: str) -> None:

@@ -1,15 +1,18 @@
 """Features: what is one, on one rank as on two, and when those in the cache are used again."""
 
+import io
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from ser_mm.cli._arguments import one_sentence
 from ser_mm.engine.configs import find_config
-from ser_mm.evaluation import Embedder, build_backbone, load_features
+from ser_mm.evaluation import Embedder, build_backbone, knn_probe, load_features
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.linear import fit_head
 from tests.support.algorithms import BACKBONE, PIXELS, RESNET, build
@@ -30,14 +33,11 @@ def test_cache_is_used_again_until_something_changes(imagenet_tree, checkpoint, 
     assert first.shape == (16, 48) and labels.tolist() == sorted([0, 1, 2, 3] * 4)
     (file,) = files()
     written = file.stat().st_mtime_ns
-    # What another extraction writes, or left when it was interrupted, is not taken for features.
-    half = file.with_suffix('.part0.npz')
-    half.write_bytes(b'half')
     again, _ = load_features(cfg, checkpoint, 'val', cache, batch_size=5)
     assert file.stat().st_mtime_ns == written and torch.equal(first, again)
     file.unlink()
     again, _ = load_features(cfg, checkpoint, 'val', cache)
-    assert torch.equal(first, again) and files() == {file, half}
+    assert torch.equal(first, again) and files() == {file}
 
     def is_new(cfg=cfg, checkpoint=checkpoint, **options):
         before = files()
@@ -59,6 +59,147 @@ def test_cache_is_used_again_until_something_changes(imagenet_tree, checkpoint, 
     is_new()
     shutil.copy(image, image.with_name('z.JPEG'))
     is_new()
+
+
+def test_a_damaged_cache_is_told_and_made_again(imagenet_tree, checkpoint, tmp_path, capsys):
+    """Cut off at any length, or another file under its name."""
+    cfg = config(imagenet_tree)
+    source = CachedFeatures(cfg, checkpoint, tmp_path)
+    features, labels = source.load('val')
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    arrays = dict(np.load(file))
+    damaged = [whole[:length] for length in range(0, len(whole), len(whole) // 5)]
+    damaged += [whole[:-1], b'text', whole[:300] + b'xxxx' + whole[304:]]
+
+    def saved(arrays):
+        held = io.BytesIO()
+        np.savez(held, **arrays)
+        return held.getvalue()
+
+    damaged.append(saved({k: v for k, v in arrays.items() if k != 'labels'}))
+    damaged.append(saved({**arrays, 'features': arrays['features'][1:]}))
+    damaged.append(saved({**arrays, 'about': np.array('other')}))
+    for content in damaged:
+        file.write_bytes(content)
+        capsys.readouterr()
+        found = source.load('val')
+        assert torch.equal(found[0], features) and torch.equal(found[1], labels)
+        told = [line for line in capsys.readouterr().out.splitlines() if str(file) in line]
+        assert len(told) == 1 and 'it is made again' in told[0]
+        assert list(tmp_path.iterdir()) == [file] and dict(np.load(file)).keys() == arrays.keys()
+    source.load('val')
+    assert 'made again' not in capsys.readouterr().out
+
+
+def test_a_replaced_image_of_the_same_name_and_size_is_noticed(imagenet_tree, checkpoint, tmp_path):
+    root = tmp_path / 'data'
+    shutil.copytree(imagenet_tree, root)
+    train, labels = load_features(config(root), checkpoint, 'train', tmp_path / 'cache')
+    assert knn_probe(train, labels, train, labels, k=1) == 1
+    one, *_, other = sorted((root / 'train').glob('*/*'))
+    size = max(file.stat().st_size for file in (one, other))
+    contents = [file.read_bytes().ljust(size, b'\0') for file in (one, other)]
+    for file, content in zip((one, other), contents, strict=True):
+        file.write_bytes(content)
+    load_features(config(root), checkpoint, 'val', tmp_path / 'cache')
+    for file, content in zip((one, other), reversed(contents), strict=True):
+        file.write_bytes(content)  # the same sizes, the other one's image
+    val, _ = load_features(config(root), checkpoint, 'val', tmp_path / 'cache')
+    assert knn_probe(train, labels, val, labels, k=1) == 14 / 16
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Paths of the images that were read."""
+    found, load = [], LoadImageFromFile.transform
+
+    def counted(self, results):
+        found.append(results['img_path'])
+        return load(self, results)
+
+    monkeypatch.setattr(LoadImageFromFile, 'transform', counted)
+    return found
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_unreadable_images_are_named_and_the_others_are_kept(
+    num_workers, imagenet_tree, checkpoint, tmp_path, reads
+):
+    root, cache = tmp_path / 'data', tmp_path / 'cache'
+    shutil.copytree(imagenet_tree, root)
+    cfg = config(root)
+    options = dict(batch_size=4, num_workers=num_workers)
+    expected, _ = load_features(cfg, checkpoint, 'val', tmp_path / 'other', **options)
+    files = sorted((root / 'train').glob('*/*'))
+    odd = [files[5], files[10]]
+    contents = [file.read_bytes() for file in odd]
+    odd[0].write_bytes(contents[0][:100])
+    odd[1].write_bytes(b'')
+    with pytest.raises(ValueError, match='evaluation.val: 2 of 16 images cannot be read') as error:
+        load_features(cfg, checkpoint, 'val', cache, **options)
+    assert all(f'{file} (' in str(error.value) for file in odd)
+    assert f'The others are kept in {cache}' in str(error.value)
+    with pytest.raises(ValueError, match=f'1 of 16 images cannot be read: {odd[1]}'):
+        odd[0].write_bytes(contents[0])
+        load_features(cfg, checkpoint, 'val', cache, **options)
+    odd[1].write_bytes(contents[1])
+    reads.clear()
+    features, labels = load_features(cfg, checkpoint, 'val', cache, **options)
+    assert reads == ([] if num_workers else [str(odd[1])])  # workers count for themselves
+    torch.testing.assert_close(features, expected, **FLOAT32_NETWORK)
+    assert labels.tolist() == sorted([0, 1, 2, 3] * 4)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_what_is_extracted_before_an_interruption_is_kept(
+    imagenet_tree, checkpoint, tmp_path, reads, monkeypatch
+):
+    cfg = config(imagenet_tree)
+    source = CachedFeatures(cfg, checkpoint, tmp_path / 'cache', batch_size=4)
+    forward, calls = Embedder.forward, []
+
+    def interrupted(self, images):
+        calls.append(images)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(Embedder, 'forward', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        source.load('val')
+    (share,) = (tmp_path / 'cache').iterdir()
+    reads.clear()
+    features, _ = source.load('val')
+    assert len(reads) == 8
+    (file,) = (tmp_path / 'cache').iterdir()
+    expected, _ = load_features(cfg, checkpoint, 'val', tmp_path / 'other', batch_size=4)
+    assert file != share and torch.equal(features, expected)  # the same batches
+
+
+def test_a_damaged_share_is_removed_and_told(imagenet_tree, checkpoint, tmp_path, capsys):
+    root, cache = tmp_path / 'data', tmp_path / 'cache'
+    shutil.copytree(imagenet_tree, root)
+    file = next((root / 'train').glob('*/*'))
+    content = file.read_bytes()
+    file.write_bytes(b'')
+    with pytest.raises(ValueError, match='1 of 16 images cannot be read'):
+        load_features(config(root), checkpoint, 'val', cache)
+    (share,) = cache.iterdir()
+    share.write_bytes(share.read_bytes()[:500])
+    file.write_bytes(content)
+    features, _ = load_features(config(root), checkpoint, 'val', cache)
+    assert f'{share} cannot be read' in capsys.readouterr().out
+    assert len(features) == 16 and share not in cache.iterdir()
+
+
+def test_where_no_image_can_be_read_one_batch_tells(imagenet_tree, checkpoint, tmp_path, reads):
+    cfg = config(imagenet_tree)
+    cfg.evaluation.val.pipeline[1] = dict(type='LoadImageFromFile', imdecode_backend='tifffile')
+    with pytest.raises(ValueError, match='4 of 16 images cannot be read') as error:
+        load_features(cfg, checkpoint, 'val', tmp_path / 'cache', batch_size=4)
+    assert len(set(reads)) == 4 and error.value.__cause__ is not None
+    assert 'kept' not in str(error.value) and not (tmp_path / 'cache').exists()
 
 
 def _on_rank(rank, root, checkpoint, cache):

@@ -1,8 +1,6 @@
 import math
 
-import pytest
-
-from ser_mm.evaluation.results import format_mean, make_table, write_text
+from ser_mm.evaluation.results import format_mean, make_table
 
 
 def test_means_have_a_deviation_if_values_differ():
@@ -19,11 +17,3 @@ def test_a_table_is_aligned():
         '| probe | 0.500 |',
         '| k-NN  |     - |',
     ]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / 'new' / 'a.json'
-    write_text(file, 'first')
-    with pytest.raises(UnicodeEncodeError):
-        write_text(file, 'second\ud800')  # fails while it is written
-    assert file.read_text() == 'first' and list(file.parent.iterdir()) == [file]

@@ -1,0 +1,121 @@
+"""Files are whole or not there, damaged ones are told, and folders in use are kept."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ser_mm.files import locked, read_kept, replacing, write_text
+from tests.support.paths import ROOT
+
+
+def start(code, *args):
+    """A process that runs some code, and has printed its first line."""
+    command = [sys.executable, '-c', textwrap.dedent(code), *map(str, args)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.first = process.stdout.readline().strip()
+    return process
+
+
+# `ser_mm.files` without the package, whose import takes seconds
+LOAD = """
+import importlib.util, os, subprocess, sys
+spec = importlib.util.spec_from_file_location('files', 'ser_mm/files.py')
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+"""
+WRITE = f"""{LOAD}
+with files.replacing(sys.argv[1]) as part:
+    part.write_text('half')
+    print(part, flush=True)
+    input()
+"""
+LOCK = f"""{LOAD}
+with files.locked(sys.argv[1], 'work') as lock:
+    child = subprocess.Popen(['sleep', sys.argv[2]], pass_fds=[lock], stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    input()
+"""
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / 'new' / 'a.json'
+    write_text(file, 'first')
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, 'second\ud800')  # fails while it is written
+    assert file.read_text() == 'first' and list(file.parent.iterdir()) == [file]
+    with replacing(file) as part:
+        part.write_text('third')
+        assert part.suffix == '.json' and file.read_text() == 'first'
+    assert file.read_text() == 'third' and list(file.parent.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_one_writes_is_not(tmp_path):
+    killed, living = (start(WRITE, tmp_path / name) for name in ('a.npz', 'b.npz'))
+    killed.kill()
+    killed.wait()
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([killed.first, living.first])
+    (tmp_path / '.mine.part.npz').write_text('not of this kind')
+    write_text(tmp_path / 'c', 'text')
+    assert {str(file) for file in tmp_path.iterdir()} == {
+        living.first,
+        str(tmp_path / 'c'),
+        str(tmp_path / '.mine.part.npz'),
+    }
+    living.communicate('go on\n')
+    assert living.returncode == 0 and (tmp_path / 'b.npz').read_text() == 'half'
+
+
+def test_a_damaged_file_is_told_in_a_line_that_names_it(tmp_path, capsys):
+    file = tmp_path / 'a'
+
+    def read(path):
+        return int(path.read_text())
+
+    assert read_kept(file, read) is None and capsys.readouterr().out == ''
+    file.write_text('3')
+    assert read_kept(file, read) == 3
+    file.write_text('three')
+    assert read_kept(file, read) is None
+    told = capsys.readouterr().out
+    assert told.startswith(f'{file} cannot be read (ValueError: ') and told.count('\n') == 1
+
+
+def test_a_lock_is_refused_while_its_process_lives(tmp_path):
+    file = tmp_path / 'run.lock'
+    process = start(LOCK, file, 0)
+    with pytest.raises(
+        BlockingIOError, match=rf'work is in use by process {process.pid} on .*kill'
+    ):
+        with locked(file, 'work'):
+            pass
+    process.communicate('go on\n')
+    assert not file.exists()
+    with locked(file, 'work'), locked(file, 'work'):
+        assert file.read_text().startswith(f'{os.getpid()} ')
+    assert not file.exists()
+
+
+def test_a_lock_of_a_killed_process_waits_for_what_it_started(tmp_path):
+    file = tmp_path / 'run.lock'
+    process = start(LOCK, file, 60)
+    process.kill()
+    process.wait()
+    child = int(process.first)
+    other = start(
+        f"""{LOAD}
+print('waits', flush=True)
+with files.locked(sys.argv[1], 'work'):
+    print('free', flush=True)
+""",
+        file,
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(0.5)
+    os.kill(child, signal.SIGKILL)
+    assert other.communicate(timeout=20)[0] == 'free\n' and other.returncode == 0
