@@ -4,14 +4,17 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import mmengine.fileio
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
@@ -23,32 +26,81 @@ def _history_method(owner: type, name: str) -> Callable:
     return getattr(owner, name)
 
 
-# What MMEngine's checkpoints hold beside weights: the history of the values that it logged.
-_MMENGINE_GLOBALS = [
+class _Options(SimpleNamespace):
+    """Stands for ``argparse.Namespace``: the options that a foreign run was started with."""
+
+
+def _known_as(name: str, function: Callable) -> Callable:
+    """What a checkpoint gets when it asks for ``name``.
+
+    torch finds it by the names of its module and of itself; 2.5 takes no pair of both.
+    """
+
+    def stand_in(*args: Any) -> Any:
+        return function(*args)
+
+    _rename(stand_in, name)
+    return stand_in
+
+
+def _rename(target: Any, name: str) -> None:
+    target.__module__, _, target.__qualname__ = name.rpartition('.')
+    target.__name__ = target.__qualname__
+
+
+_rename(_Options, 'argparse.Namespace')
+_NUMPY_FUNCTIONS: list[Any] = [np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+
+# What checkpoints hold beside weights: MMEngine's the history of the values that it logged, others
+# the options of their run, with paths among them. numpy 2 renamed its core.
+_DATA_GLOBALS = [
     HistoryBuffer,
-    (_history_method, 'builtins.getattr'),
+    _known_as('builtins.getattr', _history_method),
     np.ndarray,
     np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Int64DType,
-    np.array(0).__reduce__()[0],
-    np.float64(0).__reduce__()[0],
+    *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'},
+    *(
+        _known_as(f'numpy.{core}.multiarray.{function.__name__}', function)
+        for core in ('core', '_core')
+        for function in _NUMPY_FUNCTIONS
+    ),
+    _Options,
+    *(
+        _known_as(f'{module}.{name}', kind)
+        for module in ('pathlib', 'pathlib._local')  # as Python 3.13 says
+        for name, kind in (('PosixPath', PurePosixPath), ('WindowsPath', PureWindowsPath))
+    ),
 ]
 
 # torch's own switch: it reads data only, whatever a caller asks for.
 _DATA_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _trusted = False
 
-# What a ViT's parts are called by timm, and by DeiT, DINO and MoCo v3 with it, and by MMPretrain.
+# What a ViT's parts are called by timm, and by DeiT, DINO, MAE and MoCo v3 with it, and by
+# MMPretrain.
 _TIMM_NAMES = [
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
     (r'^blocks\.', 'layers.'),
     (r'\.norm([12])\.', r'.ln\1.'),
+    (r'\.ls1\.gamma$', '.attn.gamma1.weight'),
+    (r'\.ls2\.gamma$', '.ffn.gamma2.weight'),
     (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
     (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+    (r'^norm_pre\.', 'pre_norm.'),
     (r'^norm\.', 'ln1.'),
+    (r'^fc_norm\.', 'ln2.'),
 ]
-_CLASSIFIERS = ('head.', 'fc.')
+_TIMM_PATCHES = 'patch_embed.proj.weight'
+
+# What pretraining and classification add to a backbone under the same prefix: classifiers and
+# projectors, the decoder of MAE, the token for masked patches.
+_ADDED = ('head.', 'head_dist.', 'fc.', 'decoder_', 'mask_token')
+
+# The parts that hold the weights in checkpoints of MMEngine and Lightning, DeiT and MAE, DINO.
+_HOLDERS = ('state_dict', 'model', 'teacher')
+
+# A prefix of the moving average of another network in the file.
+_AVERAGE = re.compile(r'(?:^|[._])(?:momentum|target|teacher|ema|key|k)(?=[._])')
 
 
 def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
@@ -59,15 +111,16 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         map_location (Any): As for ``torch.load``. Defaults to 'cpu'.
 
     Returns:
-        Any: The content: tensors, plain data and, from MMEngine, the history of logged values.
+        Any: The content: tensors, plain data and, from MMEngine, the history of logged values. The
+        ``argparse.Namespace`` of other code is a plain object with the same attributes.
 
     Raises:
         pickle.UnpicklingError: If the file holds anything else.
         ValueError: If it is not a checkpoint, or a damaged one.
     """
-    data = mmengine.fileio.get(checkpoint)
+    data = mmengine.fileio.get(os.path.expanduser(checkpoint))
     try:
-        with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
+        with torch.serialization.safe_globals(_DATA_GLOBALS):
             return torch.load(
                 io.BytesIO(data), map_location=map_location, weights_only=not _trusted
             )
@@ -82,6 +135,11 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
             'or `ser-mm test`, or save its state_dict alone.'
         ) from error
     except Exception as error:  # of many types, by where the file breaks off
+        if 'TorchScript' in str(error):
+            raise pickle.UnpicklingError(
+                f'{checkpoint} holds more than data: it is a TorchScript program. If you trust it, '
+                'save torch.jit.load(...).state_dict() alone, by torch.save.'
+            ) from error
         raise _damaged(checkpoint, data, error) from error
 
 
@@ -121,7 +179,7 @@ def guarded_checkpoints(trust: bool = False) -> Iterator[None]:
         os.environ[_DATA_ONLY] = '1'
         CheckpointLoader.register_scheme('', loader=load_from_local, force=True)
     try:
-        with torch.serialization.safe_globals(_MMENGINE_GLOBALS):
+        with torch.serialization.safe_globals(_DATA_GLOBALS):
             yield
     finally:
         value, CheckpointLoader._schemes, _trusted = before
@@ -132,7 +190,7 @@ def guarded_checkpoints(trust: bool = False) -> Iterator[None]:
 
 def load_from_local(filename: str, map_location: Any) -> Any:
     """What MMEngine reads files by in :func:`guarded_checkpoints`; it shows the name in its log."""
-    return read_checkpoint(os.path.expanduser(filename), map_location)
+    return read_checkpoint(filename, map_location)
 
 
 def read_weights(checkpoint: str) -> dict[str, Tensor]:
@@ -140,63 +198,89 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
 
     Args:
         checkpoint (str): Path or URL of a ``.safetensors`` file, or of one written by
-            ``torch.save``: a state dict, or a dict that holds one as ``state_dict`` (MMEngine),
-            ``model`` or ``teacher``.
+            ``torch.save``: a state dict, or a dict that holds one as ``state_dict`` (MMEngine,
+            Lightning, MoCo), ``model`` (DeiT, MAE) or ``teacher`` (DINO). Of a dict of several
+            others, the names start with those that they have in it.
 
     Returns:
         dict[str, Tensor]: The weights, on the CPU.
 
     Raises:
+        ImportError: If the file is of safetensors, which is not installed.
         pickle.UnpicklingError: If the file holds anything but tensors and plain data.
-        ValueError: If it is not a checkpoint, or a damaged one.
+        ValueError: If it is not a checkpoint, or a damaged one, or has no weights.
     """
     if str(checkpoint).endswith('.safetensors'):
-        import safetensors.torch
-
-        data = mmengine.fileio.get(checkpoint)
+        try:
+            import safetensors.torch
+        except ImportError as error:
+            raise ImportError(
+                f'{checkpoint} is read by safetensors, which is not installed: run `pip install '
+                'safetensors`.'
+            ) from error
+        data = mmengine.fileio.get(os.path.expanduser(checkpoint))
         try:
             return safetensors.torch.load(data)
         except Exception as error:  # of several types, by where the file breaks off
             raise _damaged(checkpoint, data, error) from error
     content = read_checkpoint(checkpoint)
-    if not isinstance(content, dict):
+    if not isinstance(content, Mapping):
         raise ValueError(
             f'{checkpoint} holds a {type(content).__name__}, not weights by name; name a state '
             'dict, or a checkpoint with one.'
         )
-    for key in ('state_dict', 'model', 'teacher'):
-        content = content.get(key, content)
-    return content
+    weights = content
+    while held := [weights[k] for k in _HOLDERS if isinstance(weights.get(k), Mapping)]:
+        weights = held[0]
+    if not _has_tensors(weights):
+        parts = {name: part for name, part in weights.items() if _has_tensors(part)}
+        weights = {f'{name}.{key}': x for name, part in parts.items() for key, x in part.items()}
+    if not weights:
+        told = ', '.join(f'{k} ({type(v).__name__})' for k, v in content.items()) or 'nothing'
+        raise ValueError(
+            f'{checkpoint} has no weights by name; it holds {told}. Save the state_dict alone: '
+            'torch.save(network.state_dict(), FILE).'
+        )
+    return {str(name): value for name, value in weights.items()}
+
+
+def _has_tensors(part: Any) -> bool:
+    return isinstance(part, Mapping) and any(isinstance(x, Tensor) for x in part.values())
 
 
 def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = None) -> None:
-    """Fill a backbone from a checkpoint, completely or not at all.
+    """Fill a backbone from a checkpoint, completely or not at all, and log what was loaded.
 
     MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line. A ViT
-    may have timm's names, and a classifier on top (``head.`` or ``fc.``) is left out.
+    may have timm's names. What is no part of a backbone is left out, under its prefix: classifiers
+    and projectors (``head.``, ``fc.``), the decoder of MAE, the token for masked patches.
 
     Args:
         backbone (nn.Module): The network to fill.
         checkpoint (str): Path or URL, see :func:`read_weights`.
         prefix (str, optional): Start of the names of the backbone's weights in the file, e.g.
-            'backbone.'. Defaults to None: the file holds the backbone alone.
+            'backbone.', or '' if it holds the backbone alone. Defaults to None: the one that leads
+            to all parameters, such as 'backbone.' of MMEngine, 'module.' of DDP, 'model.' of
+            Lightning or 'module.base_encoder.' of MoCo v3. A moving average ('momentum_encoder.',
+            'teacher.', ...) is taken if there is nothing else.
 
     Raises:
         ValueError: If no name starts with ``prefix``, or a weight of the backbone is missing in
-            the file, one of the file's unused, or one of another shape.
+            the file, one of the file's unused, or one of another shape; or if ``prefix`` is None
+            and several would do.
     """
     content = read_weights(checkpoint)
-    prefix = prefix or ''
-    weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+    if prefix is None:
+        prefix = _find_prefix(backbone, content, checkpoint)
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    weights, left_out = _select(backbone, content, prefix)
     if not weights:
         names = sorted({key.split('.')[0] + '.' for key in content})
         raise ValueError(
             f"No weight in {checkpoint} starts with prefix='{prefix}'; its names start with "
             f'{", ".join(names)}.'
         )
-    weights = {k: v for k, v in weights.items() if not k.startswith(_CLASSIFIERS)}
-    if 'patch_embed.proj.weight' in weights:
-        weights = {_from_timm(key): value for key, value in weights.items()}
     try:
         backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -204,6 +288,47 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
             f"{checkpoint} (prefix='{prefix}') does not fit {type(backbone).__name__}; use the "
             f'backbone config that it was trained with. {error}'
         ) from error
+    told = f'; left out: {", ".join(left_out)}' if left_out else ''
+    print_log(
+        f'{type(backbone).__name__}: loaded {len(weights)} tensors of {checkpoint} '
+        f"(prefix='{prefix}'){told}.",
+        logger='current',
+    )
+
+
+def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:
+    """The start of the names of a network in a file that has all parameters of the backbone.
+
+    If there is none, the one that has most, for the error that follows.
+    """
+    needed = {name for name, _ in backbone.named_parameters()}
+    firsts = [name for name, _ in backbone.named_parameters()][:1] + [_TIMM_PATCHES]
+    starts = {
+        key.removesuffix(first)
+        for key in content
+        for first in firsts
+        if f'.{key}'.endswith(f'.{first}')
+    }
+    starts = {start for start in starts if not _AVERAGE.search(start)} or starts
+    missing = {x: len(needed - _select(backbone, content, x)[0].keys()) for x in sorted(starts)}
+    whole = [start for start in missing if not missing[start]]
+    if len(whole) > 1:
+        raise ValueError(
+            f'{checkpoint} holds {len(whole)} networks that fit {type(backbone).__name__}; name '
+            f'one: {" or ".join(f"prefix={start!r}" for start in whole)} (of a '
+            'command, by --cfg-options evaluation.prefix=...).'
+        )
+    return min(missing, key=lambda start: missing[start], default='')
+
+
+def _select(backbone: nn.Module, content: Mapping, prefix: str) -> tuple[dict, list[str]]:
+    """Weights under a prefix by the backbone's names, and the names of those left out."""
+    weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+    if _TIMM_PATCHES in weights:
+        weights = {_from_timm(key): value for key, value in weights.items()}
+    known = backbone.state_dict().keys()
+    left_out = [key for key in weights if key.startswith(_ADDED) and key not in known]
+    return {k: v for k, v in weights.items() if k not in left_out}, left_out
 
 
 def _from_timm(name: str) -> str:
@@ -218,9 +343,26 @@ class StrictPretrained:
     init_cfg: dict | list | None
 
     def init_weights(self) -> None:
-        """Initialize by ``init_cfg``, from a checkpoint by :func:`load_backbone`."""
-        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            load_backbone(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
-            self._is_init = True
-        else:
+        """Initialize by ``init_cfg``, from a checkpoint by :func:`load_backbone`.
+
+        Raises:
+            ValueError: If ``init_cfg`` names no checkpoint, or one that does not fit.
+        """
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list | tuple) else [self.init_cfg]
+        found = [cfg for cfg in cfgs if cfg and cfg.get('type') in ('Pretrained', PretrainedInit)]
+        if not found:
             super().init_weights()  # type: ignore[misc]
+            return
+        checkpoint = found[-1].get('checkpoint')
+        if not isinstance(checkpoint, str | os.PathLike):
+            raise ValueError(
+                f'{type(self).__name__}: init_cfg has checkpoint={checkpoint!r}; name a file or '
+                'URL.'
+            )
+        load_backbone(self, str(checkpoint), found[-1].get('prefix'))  # type: ignore[arg-type]
+        self._is_init = True
+        # MMEngine's record of how each parameter began, which goes to the log.
+        record: Any = getattr(self, '_params_init_info', None)
+        for parameter in self.parameters() if record else ():  # type: ignore[attr-defined]
+            mean = parameter.detach().mean().cpu()
+            record[parameter].update(init_info=f'Loaded from {checkpoint}', tmp_mean_value=mean)

@@ -1,14 +1,23 @@
 """A checkpoint of a pretraining run fills a backbone completely, or the load is an error."""
 
+import argparse
 import copy
 import os
 import pickle
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.model import PretrainedInit
 from mmpretrain.registry import MODELS
+from torch import nn
+from torchvision.models import resnet18
 
-from ser_mm.checkpoint import read_weights
+from ser_mm.checkpoint import load_backbone, read_checkpoint, read_weights
+from ser_mm.evaluation import build_backbone
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build
 
@@ -114,10 +123,52 @@ def test_fills_from_the_weights_alone_and_from_safetensors(checkpoint, tmp_path)
     assert_filled(load(tmp_path / 'w.safetensors'), weights)
 
 
-@pytest.mark.parametrize('prefix', ['backbones.', 'momentum.', None])
+@pytest.mark.parametrize('prefix', ['backbones.', 'momentum.', ''])
 def test_wrong_prefix(checkpoint, prefix):
-    with pytest.raises(ValueError, match=f"prefix='{prefix or ''}'"):
+    with pytest.raises(ValueError, match=f"prefix='{prefix}'"):
         load(checkpoint[0], prefix)
+
+
+@pytest.mark.parametrize('prefix', [None, 'backbone'])
+def test_prefix_that_is_found_or_lacks_its_dot(checkpoint, prefix):
+    assert_filled(load(checkpoint[0], prefix), checkpoint[1])
+
+
+def test_a_moving_average_does_not_stand_in_for_a_damaged_backbone(checkpoint, tmp_path):
+    path = altered(checkpoint[0], tmp_path, lambda x: x.pop('backbone.layers.1.ln1.weight'))
+    with pytest.raises(ValueError, match=r"(?s)prefix='backbone\.'.*layers.1.ln1.weight"):
+        load(path, None)
+    load(path, 'momentum_encoder.module.0.')  # which is whole
+
+
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
+@pytest.mark.parametrize('beside', [[], [dict(type='Normal', layer='Linear', std=9.0)]])
+def test_init_cfg_in_a_list_is_strict_too(checkpoint, kind, beside):
+    cfg = dict(pretrained(checkpoint[0]), type=kind)
+    assert_filled(build(dict(PLAIN, init_cfg=[*beside, cfg])), checkpoint[1])
+    with pytest.raises(ValueError, match="prefix='bone.'"):
+        build(dict(PLAIN, init_cfg=[*beside, dict(cfg, prefix='bone.')]))
+
+
+def test_init_cfg_without_a_file():
+    with pytest.raises(ValueError, match='init_cfg has checkpoint=None; name a file or URL'):
+        build(dict(PLAIN, init_cfg=dict(type='Pretrained')))
+
+
+def test_loaded_weights_are_logged_as_loaded(checkpoint, imagenet_tree, tmp_path):
+    path, weights = checkpoint
+    model = copy.deepcopy(ALGORITHMS['mocov3'])
+    model['algorithm']['backbone']['init_cfg'] = pretrained(path)
+    views = short_run.equivariant_views(equi_ratio=0.5)
+    short_run.run(model, views, imagenet_tree, tmp_path / 'run', epochs=1, log_level='INFO')
+    (log,) = (tmp_path / 'run').rglob('*.log')
+    told = re.findall(r'^algorithm\.(backbone\.\S+) - .*\n(.*)', log.read_text(), re.M)
+    assert {name for name, _ in told} == {
+        f'backbone.{name}' for name, _ in build(PLAIN).named_parameters()
+    }
+    assert {how.strip() for _, how in told} == {f'Loaded from {path}'}
+    loaded = f"SERVisionTransformer: loaded {len(weights)} tensors of {path} (prefix='backbone.')."
+    assert loaded in log.read_text()
 
 
 ALTERATIONS = {
@@ -231,6 +282,181 @@ def test_checkpoint_of_mmengine_is_read_without_trust(checkpoint):
     assert read.keys() == content['state_dict'].keys()
     assert all(torch.equal(read[k], v) for k, v in content['state_dict'].items())
     assert {k for k in read if k.startswith('backbone.')} == {f'backbone.{k}' for k in weights}
+
+
+ViT = pytest.importorskip('timm.models.vision_transformer').VisionTransformer
+ARCH = BACKBONE['arch']
+OURS = dict(type='SERVisionTransformer', arch=ARCH, img_size=32, patch_size=8)
+
+
+def timm_vit(**options):
+    """A ViT of timm, with weights that are no constants."""
+    torch.manual_seed(1)
+    vit = ViT(
+        **dict(dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3), **options),
+        mlp_ratio=ARCH['feedforward_channels'] / ARCH['embed_dims'],
+        num_classes=5,
+    )
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return vit
+
+
+def modules(**parts):
+    return nn.ModuleDict(parts)
+
+
+def trained(network, **beside):
+    """What scripts save: optimizer, epoch, options of the command line."""
+    optimizer = torch.optim.AdamW(network.parameters())
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    args = argparse.Namespace(lr=1e-3, output_dir=Path('out'), betas=(0.9, 0.95), clip=None)
+    return dict(optimizer=optimizer.state_dict(), epoch=3, args=args, loss=np.float32(1), **beside)
+
+
+def mae(vit):
+    vit.mask_token = nn.Parameter(torch.ones(1, 1, 8))
+    vit.decoder_pos_embed = nn.Parameter(torch.ones(1, 17, 8))
+    vit.decoder_blocks = nn.ModuleList([nn.Linear(8, 8)])
+    return trained(vit, model=vit.state_dict())
+
+
+def dino(vit):
+    head = modules(mlp=nn.Linear(48, 8))
+    student = nn.DataParallel(modules(backbone=copy.deepcopy(vit).requires_grad_(), head=head))
+    teacher = modules(backbone=vit, head=head)
+    nn.init.zeros_(student.module['backbone'].cls_token)
+    return trained(teacher, student=student.state_dict(), teacher=teacher.state_dict())
+
+
+def mocov3(vit):
+    vit.head = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8))
+    other = copy.deepcopy(vit)
+    nn.init.zeros_(other.cls_token)
+    moco = nn.DataParallel(modules(base_encoder=vit, momentum_encoder=other))
+    return trained(moco, arch='vit_small', state_dict=moco.state_dict())
+
+
+def lightning(vit):
+    return dict(
+        {'pytorch-lightning_version': '2.5.0'},
+        epoch=1,
+        state_dict=modules(model=vit).state_dict(),
+        callbacks={"ModelCheckpoint{'monitor': None}": dict(best_model_score=torch.ones(1))},
+        hparams_name='kwargs',
+        hyper_parameters=dict(lr=1e-3, data=Path('data'), args=argparse.Namespace(seed=1)),
+    )
+
+
+FOREIGN = {
+    'timm': lambda vit: vit.state_dict(),
+    'DeiT': lambda vit: trained(vit, model=vit.state_dict()),
+    'DDP': lambda vit: nn.DataParallel(vit).state_dict(),
+    'compiled': lambda vit: modules(_orig_mod=vit).state_dict(),
+    'MAE': mae,
+    'DINO': dino,
+    'MoCo v3': mocov3,
+    'Lightning': lightning,
+    'holder of another name': lambda vit: dict(encoder=nn.DataParallel(vit).state_dict(), step=1),
+}
+
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_foreign_checkpoint(name, tmp_path):
+    vit = timm_vit()
+    torch.save(FOREIGN[name](vit), tmp_path / 'foreign.pth')
+    with torch.no_grad():
+        assert_same_features(vit, build_backbone(config(OURS), str(tmp_path / 'foreign.pth')))
+
+
+def config(backbone, **evaluation):
+    return Config(
+        dict(model=dict(type='ImageClassifier', backbone=backbone), evaluation=evaluation)
+    )
+
+
+def assert_same_features(vit, backbone, pool=lambda x: x[:, 0]):
+    images = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    features = pool(vit.double().eval().forward_features(images))
+    assert features.std() > 0.1
+    # Four blocks in double precision, whose rounding is 1e-16.
+    torch.testing.assert_close(backbone.double()(images)[-1], features, rtol=1e-9, atol=1e-9)
+
+
+KINDS_OF_VIT = {
+    'LayerScale, as DINOv2': (dict(init_values=1e-5), dict(layer_scale_init_value=1e-5)),
+    'norm before the blocks, as CLIP': (dict(pre_norm=True), dict(pre_norm=True)),
+}
+
+
+@pytest.mark.parametrize('name', KINDS_OF_VIT)
+def test_foreign_kind_of_vit(name, tmp_path):
+    theirs, ours = KINDS_OF_VIT[name]
+    vit = timm_vit(**theirs)
+    vit.mask_token = nn.Parameter(torch.ones(1, 48))
+    safetensors = pytest.importorskip('safetensors.torch')
+    safetensors.save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    with torch.no_grad():
+        backbone = build_backbone(config({**OURS, **ours}), str(tmp_path / 'vit.safetensors'))
+        assert_same_features(vit, backbone)
+
+
+def test_foreign_vit_that_takes_the_mean(tmp_path):
+    vit = timm_vit(global_pool='avg')
+    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
+    cfg = config(dict(OURS, out_type='avg_featmap', final_norm=False))
+    with torch.no_grad():
+        backbone = build_backbone(cfg, str(tmp_path / 'vit.pth'))
+        assert_same_features(vit, backbone, lambda x: vit.fc_norm(x[:, 1:].mean(dim=1)))
+
+
+@pytest.mark.parametrize('wrap', ['torchvision', 'MoCo v2', 'MoCo v3'])
+def test_foreign_resnet(wrap, tmp_path):
+    theirs, average = resnet18(), resnet18()
+    content = {
+        'torchvision': theirs,
+        'MoCo v2': nn.DataParallel(modules(encoder_q=theirs, encoder_k=average)),
+        'MoCo v3': nn.DataParallel(modules(momentum_encoder=average, base_encoder=theirs)),
+    }[wrap]
+    torch.save(dict(state_dict=content.state_dict()), tmp_path / 'resnet.pth')
+    backbone = build_backbone(
+        config(dict(type='SERResNet', depth=18)), str(tmp_path / 'resnet.pth')
+    )
+    state = theirs.state_dict()
+    assert_filled(backbone, {k: v for k, v in state.items() if not k.startswith('fc.')})
+
+
+def test_two_networks_that_fit_are_named_and_one_can_be_asked_for(tmp_path):
+    left, right = timm_vit(), timm_vit()
+    nn.init.zeros_(right.cls_token)
+    file = str(tmp_path / 'pair.pth')
+    torch.save(dict(state_dict=modules(left=left, right=right).state_dict()), file)
+    with pytest.raises(ValueError, match=r"2 networks .*prefix='left\.' or prefix='right\.'"):
+        build_backbone(config(OURS), file)
+    assert build_backbone(config(OURS, prefix='left.'), file).cls_token.any()
+    assert not build_backbone(config(OURS, prefix='right.'), file).cls_token.any()
+
+
+def test_what_has_no_weights_says_what_it_has(tmp_path):
+    torch.save(dict(epoch=3, args=argparse.Namespace(), parts=[1]), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=r'no weights.*epoch \(int\), args .*parts \(list\).*Save'):
+        read_weights(str(tmp_path / 'a.pth'))
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / 'a.pth')
+    with pytest.raises(pickle.UnpicklingError, match='holds more than data: .*TorchScript'):
+        read_weights(str(tmp_path / 'a.pth'))
+    torch.save(timm_vit(reg_tokens=2).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='(?s)does not fit SERVisionTransformer.*reg_token'):
+        load_backbone(build(OURS), str(tmp_path / 'a.pth'))
+
+
+def test_options_and_paths_of_a_foreign_run_are_data(tmp_path):
+    torch.save(trained(nn.Linear(2, 2)), tmp_path / 'a.pth')
+    read = read_checkpoint(str(tmp_path / 'a.pth'))
+    assert vars(read['args']).keys() == {'lr', 'output_dir', 'betas', 'clip'}
+    assert str(read['args'].output_dir) == 'out' and not hasattr(read['args'].output_dir, 'open')
+    assert type(read['args']) is not argparse.Namespace and read['loss'] == 1
 
 
 def test_checkpoint_loads_into_the_bare_algorithm_and_back(checkpoint):

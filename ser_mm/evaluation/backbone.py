@@ -12,7 +12,7 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.checkpoint import load_backbone, read_weights
+from ser_mm.checkpoint import load_backbone
 from ser_mm.engine.configs import find_config
 
 
@@ -45,8 +45,9 @@ def build_backbone(
         cfg (Config | str | Path): Config of a classifier or of a self-supervised algorithm of
             MMPretrain, or of ``SERAlgorithm``; or its path, or the name of a shipped one.
         checkpoint (str, optional): Path or URL of its weights, which have to fit completely; see
-            :func:`ser_mm.checkpoint.load_backbone`. Defaults to None: untrained, initialized as
-            the config says.
+            :func:`ser_mm.checkpoint.load_backbone`. The start of their names in the file is found,
+            or else is ``evaluation.prefix`` of the config. Defaults to None: untrained,
+            initialized as the config says.
         **overrides: Fields of the backbone's config to replace: ``out_type``, ``out_indices``, ...
 
     Returns:
@@ -76,8 +77,7 @@ def build_backbone(
     if checkpoint is None:
         backbone.init_weights()
     else:
-        held = any(name.startswith('backbone.') for name in read_weights(checkpoint))
-        load_backbone(backbone, checkpoint, prefix='backbone.' if held else None)
+        load_backbone(backbone, checkpoint, (cfg.get('evaluation') or {}).get('prefix'))
     backbone.to(get_device()).train(False)  # returns None in some of MMPretrain's backbones
     return backbone
 

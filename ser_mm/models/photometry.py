@@ -11,7 +11,7 @@ from torch import Tensor
 try:
     import kornia
 except ImportError:  # an option, which only photometry on the device needs
-    kornia = None
+    kornia = None  # type: ignore[assignment]
 
 
 class Photometry:

@@ -1,12 +1,17 @@
 """No entry point runs code from a checkpoint: each way to hand one in, with a file that would."""
 
+import argparse
 import os
+import pathlib
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 
+from ser_mm.checkpoint import read_weights
 from ser_mm.cli import main as command_line
 from tests.support.paths import ROOT
 
@@ -120,6 +125,52 @@ def test_code_in_a_checkpoint_does_not_run(name, planted, capsys):
     assert end.value.code not in (0, None)
     message = str(end.value) + capsys.readouterr().out
     assert 'holds more than data' in message and '.pth' in message and 'mkdir' in message
+
+
+class Asks:
+    """Unpickled as the call of a function, which may be one that checkpoints ask for."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def harm():
+    return Harm(Path('harm'))
+
+
+WEIGHTS = dict(weight=torch.zeros(1))
+
+# Where code may hide in the checkpoints of others, whose options and paths are read as data.
+DISGUISES = {
+    'the options of DINO and MAE': lambda: dict(args=argparse.Namespace(lr=1, out=harm())),
+    'an option that is a class': lambda: dict(args=argparse.Namespace(type=argparse.FileType('w'))),
+    'options that are called': lambda: dict(args=Asks(argparse.Namespace, harm())),
+    'the name of a method of a path': lambda: dict(args=Asks(getattr, pathlib.Path, 'mkdir')),
+    'a path that is made': lambda: dict(args=Asks(pathlib.Path.mkdir, Path('harm'))),
+    'a path out of a method': lambda: dict(args=Asks(Path.cwd)),
+    'hyperparameters of Lightning': lambda: dict(hyper_parameters=dict(model=harm())),
+    'callbacks of Lightning': lambda: dict(callbacks={'ModelCheckpoint': harm()}),
+    'the state dict of DDP': lambda: {'module.weight': harm()},
+    'the optimizer': lambda: dict(optimizer=dict(state={0: harm()})),
+    'a whole network': lambda: dict(model=torch.nn.Linear(1, 1)),
+    'a method of a history': lambda: dict(args=Asks(getattr, HistoryBuffer, 'register_statistics')),
+    'a method of a history that is called': lambda: dict(args=Asks(HistoryBuffer.mean, harm())),
+    'eval': lambda: dict(args=Asks(eval, "__import__('os').mkdir('harm')")),
+}
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('name', DISGUISES)
+def test_code_in_a_foreign_checkpoint_does_not_run(name, legacy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = dict(DISGUISES[name](), state_dict=WEIGHTS)
+    torch.save(content, 'bad.pth', _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(pickle.UnpicklingError, match=r'bad\.pth holds more than data'):
+        read_weights('bad.pth')
+    assert not Path('harm').exists()
 
 
 def test_it_would_have_run(planted):
