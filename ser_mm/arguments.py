@@ -48,6 +48,11 @@ def above(low: float) -> Rule:
     return Rule(f'above {low}', lambda x: x > low)
 
 
+def between(low: float, high: float) -> Rule:
+    """A number in an open interval."""
+    return Rule(f'between {low} and {high}', lambda x: low < x < high)
+
+
 def within(low: float, high: float) -> Rule:
     """A number in a closed interval."""
     return Rule(f'within [{low}, {high}]', lambda x: low <= x <= high)

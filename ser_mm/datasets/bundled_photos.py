@@ -3,12 +3,15 @@ import os
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import mmcv
 import numpy as np
 from mmengine.dist import barrier, is_main_process
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
+
+from ser_mm.arguments import Name, Natural, Positive, checked
 
 # Photographs, textures and micrographs inside the wheels of scikit-image and scikit-learn; the
 # other pictures that these packages offer would have to be downloaded.
@@ -156,6 +159,7 @@ def _draw_crop(stripes: list[np.ndarray], size: int, rng: np.random.Generator) -
 
 
 @DATASETS.register_module()
+@checked
 class BundledPhotos(CustomDataset):
     """Crops of real pictures that come with scikit-image and scikit-learn; no download.
 
@@ -168,27 +172,25 @@ class BundledPhotos(CustomDataset):
         crop_size (int): Side of the crops in pixels. Defaults to 64.
         train_per_picture (int): Training crops of each picture. Defaults to 200.
         val_per_picture (int): Validation crops of each picture. Defaults to 100.
-        seed (int): Seed of the crops' places. Defaults to 0.
+        seed (int): Seed of the crops' places, 0 or more. Defaults to 0.
         **kwargs: Those of MMPretrain's ``CustomDataset``: pipeline, ...
 
     Raises:
-        ValueError: If ``split`` is neither 'train' nor 'val'.
+        ValueError: If ``split`` is neither 'train' nor 'val', or a number is not positive.
     """
 
     METAINFO = dict(classes=tuple(PICTURES))
 
     def __init__(
         self,
-        data_root: str = 'data/bundled_photos',
-        split: str = 'train',
-        crop_size: int = 64,
-        train_per_picture: int = 200,
-        val_per_picture: int = 100,
-        seed: int = 0,
+        data_root: Name | os.PathLike = 'data/bundled_photos',
+        split: Literal['train', 'val'] = 'train',
+        crop_size: Positive = 64,
+        train_per_picture: Positive = 200,
+        val_per_picture: Positive = 100,
+        seed: Natural = 0,
         **kwargs,
     ) -> None:
-        if split not in ('train', 'val'):
-            raise ValueError(f"BundledPhotos: split='{split}' must be 'train' or 'val'.")
         self.crops = dict(
             crop_size=crop_size,
             train_per_picture=train_per_picture,

@@ -1,14 +1,18 @@
 from collections.abc import Sequence
+from typing import Annotated
 
 import mmcv
 import torch
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 
+from ser_mm.arguments import Name, checked, filled
+
 VIDEOS = ('.mp4',)
 
 
 @DATASETS.register_module()
+@checked
 class SequenceFolder(CustomDataset):
     """Videos in class folders, each a sequence of frames with one label.
 
@@ -20,7 +24,9 @@ class SequenceFolder(CustomDataset):
         **kwargs: Those of MMPretrain's ``CustomDataset``; the pipeline begins with the frame.
     """
 
-    def __init__(self, *args, extensions: Sequence[str] = VIDEOS, **kwargs) -> None:
+    def __init__(
+        self, *args, extensions: Annotated[Sequence[Name], filled] = VIDEOS, **kwargs
+    ) -> None:
         super().__init__(*args, extensions=extensions, **kwargs)
         self.frames = len(mmcv.VideoReader(self.get_data_info(0)['img_path']))
 

@@ -12,6 +12,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
 
+from ser_mm.arguments import Name, Natural, Positive, checked
 from ser_mm.datasets import split_batches
 from ser_mm.datasets.exact_split import batch_size_of
 
@@ -136,6 +137,7 @@ class MomentumUpdateHook(Hook):
 
 
 @HOOKS.register_module()
+@checked
 class FreezeLayerHook(Hook):
     """Leave a layer as it is in the first epochs, as DINO does with the last of its projector.
 
@@ -145,13 +147,13 @@ class FreezeLayerHook(Hook):
     Args:
         layer (str): Name of the layer, or the end of its name as in 'neck.last_layer', so that it
             is found in a wrapped model too.
-        epochs (int): Number of epochs. Defaults to 1.
+        epochs (int): Number of epochs, 0 or more. Defaults to 1.
 
     Raises:
         ValueError: Before training, if no parameter to train is in such a layer.
     """
 
-    def __init__(self, layer: str, epochs: int = 1) -> None:
+    def __init__(self, layer: Name, epochs: Natural = 1) -> None:
         self.layer = layer
         self.epochs = epochs
 
@@ -183,6 +185,7 @@ class FreezeLayerHook(Hook):
 
 
 @HOOKS.register_module()
+@checked
 class NonFiniteLossHook(Hook):
     """Stop training when a loss is not finite, before a checkpoint of it is written.
 
@@ -196,7 +199,7 @@ class NonFiniteLossHook(Hook):
 
     priority = 'VERY_HIGH'
 
-    def __init__(self, interval: int = 50) -> None:
+    def __init__(self, interval: Positive = 50) -> None:
         self.interval = interval
         self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from mmengine.dist import master_only
@@ -7,12 +8,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 
+from ser_mm.arguments import Name, Positive, checked, filled
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.data import spaced_images
 from ser_mm.evaluation.equivariance import check_transformations, equivariance_by_layer
 
 
 @HOOKS.register_module()
+@checked
 class EquivarianceHook(Hook):
     """Log how equivariant the token map of every layer is, on a few images, during training.
 
@@ -33,16 +36,11 @@ class EquivarianceHook(Hook):
 
     def __init__(
         self,
-        num_images: int = 64,
-        split: str = 'val',
-        interval: int = 1,
-        transformations: Sequence[str] = ('mixture',),
+        num_images: Positive = 64,
+        split: Name = 'val',
+        interval: Positive = 1,
+        transformations: Annotated[Sequence[Name], filled] = ('mixture',),
     ) -> None:
-        if min(num_images, interval) < 1:
-            raise ValueError(
-                f'EquivarianceHook: num_images={num_images} and interval={interval} must be '
-                'positive.'
-            )
         check_transformations(transformations)
         self.num_images = num_images
         self.split = split

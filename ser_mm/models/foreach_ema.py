@@ -1,14 +1,18 @@
 """The momentum update in a few operations for all parameters together."""
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from ser_mm.arguments import Positive, Share, between, checked
+
 
 @MODELS.register_module()
+@checked(momentum=Annotated[float, between(0, 1)], end_momentum=Share, interval=Positive)
 class ForeachCosineEMA(CosineEMA):
     """MMPretrain's ``CosineEMA``, updated by foreach operations and without waiting for the device.
 

@@ -5,11 +5,14 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmpretrain.registry import TRANSFORMS
 
+from ser_mm.arguments import Name, Positive, checked
+
 SEVERITIES = (1, 2, 3, 4, 5)
 """Of the corruptions of ImageNet-C."""
 
 
 @TRANSFORMS.register_module()
+@checked
 class Corrupt(BaseTransform):
     """Corrupt an image as in ImageNet-C, by the ``imagecorruptions`` package.
 
@@ -27,7 +30,7 @@ class Corrupt(BaseTransform):
         ValueError: If the corruption or the severity is unknown.
     """
 
-    def __init__(self, corruption: str, severity: int) -> None:
+    def __init__(self, corruption: Name, severity: Positive) -> None:
         try:
             from imagecorruptions import corrupt, corruption_dict
         except ImportError as error:

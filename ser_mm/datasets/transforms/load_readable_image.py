@@ -1,11 +1,18 @@
 import logging
+from typing import Literal
 
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmpretrain.registry import TRANSFORMS
 
+from ser_mm.arguments import checked
+
 
 @TRANSFORMS.register_module()
+@checked(
+    color_type=Literal['color', 'grayscale', 'unchanged', 'color_ignore_orientation'],
+    imdecode_backend=Literal['cv2', 'pillow', 'turbojpeg', 'tifffile'],
+)
 class LoadReadableImage(LoadImageFromFile):
     """Load an image; skip a file that is not an image, with a warning that names it.
 

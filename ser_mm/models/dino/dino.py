@@ -1,4 +1,5 @@
 from collections import defaultdict
+from typing import Annotated
 
 import torch
 from mmcv.cnn.bricks import DropPath
@@ -7,10 +8,12 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from ser_mm.arguments import InitCfg, Module, Name, between, checked
 from ser_mm.models.foreach_ema import ForeachCosineEMA
 
 
 @MODELS.register_module()
+@checked
 class DINO(BaseSelfSupervisor):
     """DINO, self-distillation with no labels (arXiv 2104.14294, Section 3.1).
 
@@ -22,8 +25,8 @@ class DINO(BaseSelfSupervisor):
         backbone (dict): Config of the backbone.
         neck (dict): Config of the projector, :class:`~ser_mm.models.DINONeck`.
         head (dict): Config of the loss, :class:`~ser_mm.models.DINOHead`.
-        base_momentum (float): Weight of the student in the moving average at the start, falling
-            to 0 over training by a cosine. Defaults to 0.004.
+        base_momentum (float): Weight of the student in the moving average at the start, between 0
+            and 1, falling to 0 over training by a cosine. Defaults to 0.004.
         pretrained (str, optional): Checkpoint to start from. Defaults to None.
         data_preprocessor (dict, optional): Config of the preprocessor. Defaults to None:
             ``dict(type='SelfSupDataPreprocessor')``.
@@ -32,13 +35,13 @@ class DINO(BaseSelfSupervisor):
 
     def __init__(
         self,
-        backbone: dict,
-        neck: dict,
-        head: dict,
-        base_momentum: float = 0.004,
-        pretrained: str | None = None,
-        data_preprocessor: dict | None = None,
-        init_cfg: dict | list[dict] | None = None,
+        backbone: Module,
+        neck: Module,
+        head: Module,
+        base_momentum: Annotated[float, between(0, 1)] = 0.004,
+        pretrained: Name | None = None,
+        data_preprocessor: dict | nn.Module | None = None,
+        init_cfg: InitCfg = None,
     ) -> None:
         super().__init__(
             backbone=backbone,

@@ -8,8 +8,11 @@ from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
+from ser_mm.arguments import Natural, Positive, PositiveFloat, Share, checked
+
 
 @MODELS.register_module()
+@checked
 class DINOHead(BaseModule):
     r"""Loss of DINO: cross-entropy between teacher and student (arXiv 2104.14294, Section 3.1).
 
@@ -33,8 +36,10 @@ class DINOHead(BaseModule):
         warmup_teacher_temperature (float): :math:`\tau_t` in the first epoch.
             Defaults to 0.04.
         warmup_epochs (int): Epochs over which :math:`\tau_t` grows linearly; it is
-            ``teacher_temperature`` in the last of them, as in DINO's release. Defaults to 10.
-        center_momentum (float): Weight of the old centre in the moving average. Defaults to 0.9.
+            ``teacher_temperature`` in the last of them, as in DINO's release; 0 for no warm-up.
+            Defaults to 10.
+        center_momentum (float): Weight of the old centre in the moving average, 0 to 1. Defaults
+            to 0.9.
 
     Raises:
         ValueError: If a temperature is not positive or ``center_momentum`` is outside [0, 1].
@@ -48,20 +53,14 @@ class DINOHead(BaseModule):
 
     def __init__(
         self,
-        out_channels: int = 65536,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        warmup_teacher_temperature: float = 0.04,
-        warmup_epochs: int = 10,
-        center_momentum: float = 0.9,
+        out_channels: Positive = 65536,
+        student_temperature: PositiveFloat = 0.1,
+        teacher_temperature: PositiveFloat = 0.07,
+        warmup_teacher_temperature: PositiveFloat = 0.04,
+        warmup_epochs: Natural = 10,
+        center_momentum: Share = 0.9,
     ) -> None:
         super().__init__()
-        temperatures = student_temperature, teacher_temperature, warmup_teacher_temperature
-        if min(temperatures) <= 0 or not 0 <= center_momentum <= 1:
-            raise ValueError(
-                f'DINOHead: the temperatures {temperatures} must be positive, and '
-                f'center_momentum={center_momentum} within [0, 1].'
-            )
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.warmup_teacher_temperature = warmup_teacher_temperature

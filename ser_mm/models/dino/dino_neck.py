@@ -4,6 +4,8 @@ from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from ser_mm.arguments import InitCfg, Positive, checked
+
 
 class WeightNormLinear(nn.Module):
     """Linear layer without bias, each row of its weight given by a direction and a norm of 1.
@@ -26,6 +28,7 @@ class WeightNormLinear(nn.Module):
 
 
 @MODELS.register_module()
+@checked
 class DINONeck(BaseModule):
     """Projector of DINO (arXiv 2104.14294, Section 3.1 and Appendix C).
 
@@ -46,13 +49,13 @@ class DINONeck(BaseModule):
 
     def __init__(
         self,
-        in_channels: int,
-        hid_channels: int = 2048,
-        bottleneck_channels: int = 256,
-        out_channels: int = 65536,
+        in_channels: Positive,
+        hid_channels: Positive = 2048,
+        bottleneck_channels: Positive = 256,
+        out_channels: Positive = 65536,
         fixed_norm: bool = True,
         with_avg_pool: bool = False,
-        init_cfg: dict | list[dict] | None = None,
+        init_cfg: InitCfg = None,
     ) -> None:
         super().__init__(init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0))
         self.with_avg_pool = with_avg_pool

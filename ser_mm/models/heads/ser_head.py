@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
 from torch.utils.checkpoint import checkpoint
 
+from ser_mm.arguments import Positive, PositiveFloat, checked
 from ser_mm.views import pack_maps
 
 
 @MODELS.register_module()
+@checked
 class SERHead(BaseModule):
     r"""Dense InfoNCE over tokens, the equivariance loss of SER (paper, Section 3).
 
@@ -34,7 +36,7 @@ class SERHead(BaseModule):
         block_size (int): Queries whose logits exist at one time. Defaults to 1024.
 
     Raises:
-        ValueError: If ``temperature`` or ``block_size`` is not positive.
+        ValueError: If ``temperature`` or ``block_size`` is not a positive number.
 
     Example:
         >>> head = SERHead(temperature=0.5)
@@ -43,12 +45,8 @@ class SERHead(BaseModule):
         >>> loss = head.loss(queries, keys)
     """
 
-    def __init__(self, temperature: float = 0.5, block_size: int = 1024) -> None:
+    def __init__(self, temperature: PositiveFloat = 0.5, block_size: Positive = 1024) -> None:
         super().__init__()
-        if temperature <= 0 or block_size <= 0:
-            raise ValueError(
-                f'SERHead: temperature={temperature} and block_size={block_size} must be positive.'
-            )
         self.temperature = temperature
         self.block_size = block_size
 

@@ -4,10 +4,12 @@ from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from ser_mm.arguments import InitCfg, Positive, checked
 from ser_mm.views import pack_maps, unpack_maps
 
 
 @MODELS.register_module()
+@checked
 class SERNeck(BaseModule):
     """Projector of token maps, the same for every token and for both branches.
 
@@ -24,10 +26,10 @@ class SERNeck(BaseModule):
 
     def __init__(
         self,
-        in_channels: int,
-        hid_channels: int = 512,
-        out_channels: int = 512,
-        init_cfg: dict | None = None,
+        in_channels: Positive,
+        hid_channels: Positive = 512,
+        out_channels: Positive = 512,
+        init_cfg: InitCfg = None,
     ) -> None:
         super().__init__(init_cfg)
         self.in_channels = in_channels

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -6,8 +7,11 @@ from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from ser_mm.arguments import InitCfg, Module, Positive, PositiveFloat, checked, filled
+
 
 @MODELS.register_module()
+@checked
 class SimpleFPN(BaseModule):
     """ViTDet's simple feature pyramid (arXiv 2203.16527): every level from the last map alone.
 
@@ -28,18 +32,18 @@ class SimpleFPN(BaseModule):
             the layers in PyTorch.
 
     Raises:
-        ValueError: If a scale is not one of the four, or ``num_outs`` is less than the number of
-            scales.
+        ValueError: If an argument is of another type, a scale is not one of the four, or
+            ``num_outs`` is less than the number of scales.
     """
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int = 256,
-        scale_factors: Sequence[float] = (4, 2, 1, 0.5),
-        num_outs: int | None = None,
-        norm_cfg: dict = dict(type='LN2d', eps=1e-6),  # noqa: B006
-        init_cfg: dict | list | None = None,
+        in_channels: Positive,
+        out_channels: Positive = 256,
+        scale_factors: Annotated[Sequence[PositiveFloat], filled] = (4, 2, 1, 0.5),
+        num_outs: Positive | None = None,
+        norm_cfg: Module = dict(type='LN2d', eps=1e-6),  # noqa: B006
+        init_cfg: InitCfg = None,
     ) -> None:
         super().__init__(init_cfg)
         if not set(scale_factors) <= {4, 2, 1, 0.5}:
