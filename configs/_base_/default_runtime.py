@@ -13,6 +13,7 @@ custom_hooks = [
     dict(type='NonFiniteLossHook', interval=50),
     dict(type='EquivariantSplitHook'),
     dict(type='MomentumUpdateHook'),
+    dict(type='ResumeHook'),
 ]
 
 env_cfg = dict(

@@ -7,6 +7,7 @@ from .hooks import (
     NonFiniteLossHook,
     keep_worker_seed,
 )
+from .resuming import ResumeHook
 
 __all__ = [
     'AtomicCheckpointHook',
@@ -15,5 +16,6 @@ __all__ = [
     'FreezeLayerHook',
     'MomentumUpdateHook',
     'NonFiniteLossHook',
+    'ResumeHook',
     'keep_worker_seed',
 ]

@@ -47,8 +47,9 @@ def test_a_warm_up_that_does_not_fit_keeps_its_share():
     [
         [dict(type='LinearLR', end=20), dict(type='CosineAnnealingLR', begin=20)],
         [dict(type='LinearLR', end=5), dict(type='MultiStepLR', end=90, milestones=[30, 60])],
+        [dict(type='LinearLR', start_factor=0.001, end=5)],
     ],
-    ids=['cosine without end', 'milestones'],
+    ids=['cosine without end', 'milestones', 'alone'],
 )
 def test_a_warm_up_is_never_taken_for_the_whole(schedules):
     """As in MMPretrain's own schedules: the warm-up lasted as long as the run."""
@@ -67,3 +68,24 @@ def test_what_is_the_authors_stays():
     cfg = Config(dict(train_cfg=dict(max_epochs=24), param_scheduler=schedules))
     follow_max_epochs(cfg)
     assert cfg.param_scheduler == schedules
+
+
+def test_loops_by_iteration_have_schedules_by_iteration():
+    """Trained on at the last value."""
+    warm_up = dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500)
+    cosine = dict(type='CosineAnnealingLR', by_epoch=False, begin=500, end=2000, T_max=1500)
+    train_cfg = dict(type='IterBasedTrainLoop', max_iters=3000)
+    cfg = Config(dict(train_cfg=train_cfg, param_scheduler=[warm_up, cosine]))
+    follow_max_epochs(cfg)
+    assert cfg.param_scheduler == [warm_up, dict(cosine, end=3000, T_max=2500)]
+
+
+def test_a_schedule_by_epoch_in_a_loop_by_iteration_is_refused():
+    """It never moved; one that is converted does."""
+    cosine = dict(type='CosineAnnealingLR', T_max=5)
+    cfg = Config(dict(train_cfg=dict(by_epoch=False, max_iters=50), param_scheduler=cosine))
+    with pytest.raises(ValueError, match='CosineAnnealingLR counts epochs.*max_iters=50'):
+        follow_max_epochs(cfg)
+    cfg.param_scheduler.convert_to_iter_based = True
+    follow_max_epochs(cfg)
+    assert cfg.param_scheduler.T_max == 5

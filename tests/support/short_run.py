@@ -2,6 +2,7 @@
 
 import copy
 
+from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -11,6 +12,7 @@ CROP = dict(type='RandomResizedCrop', scale=IMAGE, crop_ratio_range=(0.3, 1.0))
 JITTER = dict(type='ColorJitter', brightness=0.4, contrast=0.4)
 FLIP = dict(type='RandomFlip', prob=0.5)
 VIEWS = [[CROP, JITTER, FLIP], [CROP, FLIP]]
+DDP = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 MULTI_VIEW = dict(type='MultiView', num_views=[1, 1], transforms=VIEWS)
 
 
@@ -56,6 +58,8 @@ def run(
     optim=None,
     loop=None,
     log_level='WARNING',
+    schedules=None,
+    batch_size=4,
 ):
     """Train on ``root``; returns the runner and the states that it went through."""
     record = Record()
@@ -64,7 +68,7 @@ def run(
         copy.deepcopy(model),
         work_dir=str(work_dir),
         train_dataloader=dict(
-            batch_size=4,
+            batch_size=batch_size,
             num_workers=0,
             sampler=dict(type='InfiniteSampler' if loop else 'DefaultSampler', shuffle=True),
             collate_fn=dict(type='default_collate'),
@@ -76,7 +80,7 @@ def run(
         optim_wrapper=dict(
             optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1), **(optim or {})
         ),
-        param_scheduler=dict(type='LinearLR', start_factor=0.1, end=4, by_epoch=False),
+        param_scheduler=schedules or dict(type='LinearLR', start_factor=0.1, end=4, by_epoch=False),
         default_scope='mmpretrain',
         default_hooks=dict(checkpoint=checkpoint or dict(type='CheckpointHook', interval=1)),
         load_from=resume_from and str(resume_from),
@@ -84,12 +88,14 @@ def run(
         custom_hooks=[
             dict(type='EpochSeedHook'),
             dict(type='EquivariantSplitHook'),
+            dict(type='ResumeHook'),
             record,
             *hooks,
         ],
         randomness=dict(seed=3),
         log_level=log_level,
-        cfg=cfg,
+        launcher='pytorch' if is_distributed() else 'none',
+        cfg=cfg or (dict(model_wrapper_cfg=DDP) if is_distributed() else None),
         experiment_name=str(work_dir).replace('/', '_'),
     )
     runner.train()
