@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 
@@ -76,6 +77,10 @@ _DATA_GLOBALS = [
 _DATA_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _trusted = False
 
+# torch 2.5 runs TorchScript archives even where data alone is asked for (CVE-2025-32434).
+_RUNS_PROGRAMS = digit_version(torch.__version__) < digit_version('2.6')
+_is_program = getattr(torch.serialization, '_is_torchscript_zip', None)
+
 # What a ViT's parts are called by timm, and by DeiT, DINO, MAE and MoCo v3 with it, and by
 # MMPretrain.
 _TIMM_NAMES = [
@@ -103,6 +108,27 @@ _HOLDERS = ('state_dict', 'model', 'teacher')
 _AVERAGE = re.compile(r'(?:^|[._])(?:momentum|target|teacher|ema|key|k)(?=[._])')
 
 
+def _refuse_program(archive: Any) -> bool:
+    if _is_program and _is_program(archive):
+        raise RuntimeError('TorchScript archives are programs.')
+    return False
+
+
+@contextmanager
+def _data_only() -> Iterator[None]:
+    """Let ``torch.load(weights_only=True)`` read data, all that is harmless and nothing else."""
+    with torch.serialization.safe_globals(_DATA_GLOBALS):
+        if not _RUNS_PROGRAMS:
+            yield
+            return
+        before = torch.serialization._is_torchscript_zip
+        torch.serialization._is_torchscript_zip = _refuse_program
+        try:
+            yield
+        finally:
+            torch.serialization._is_torchscript_zip = before
+
+
 def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
     """Read what ``torch.save`` wrote, without running code from the file.
 
@@ -119,11 +145,12 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         ValueError: If it is not a checkpoint, or a damaged one.
     """
     data = mmengine.fileio.get(os.path.expanduser(checkpoint))
+    source = io.BytesIO(data)
     try:
-        with torch.serialization.safe_globals(_DATA_GLOBALS):
-            return torch.load(
-                io.BytesIO(data), map_location=map_location, weights_only=not _trusted
-            )
+        if _trusted:
+            return torch.load(source, map_location=map_location, weights_only=False)
+        with _data_only():
+            return torch.load(source, map_location=map_location, weights_only=True)
     except (ImportError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -179,7 +206,7 @@ def guarded_checkpoints(trust: bool = False) -> Iterator[None]:
         os.environ[_DATA_ONLY] = '1'
         CheckpointLoader.register_scheme('', loader=load_from_local, force=True)
     try:
-        with torch.serialization.safe_globals(_DATA_GLOBALS):
+        with nullcontext() if trust else _data_only():
             yield
     finally:
         value, CheckpointLoader._schemes, _trusted = before

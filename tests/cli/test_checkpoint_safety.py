@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
-from ser_mm.checkpoint import read_weights
+from ser_mm import checkpoint
 from ser_mm.cli import main as command_line
 from tests.support.paths import ROOT
 
@@ -169,8 +169,23 @@ def test_code_in_a_foreign_checkpoint_does_not_run(name, legacy, tmp_path, monke
     content = dict(DISGUISES[name](), state_dict=WEIGHTS)
     torch.save(content, 'bad.pth', _use_new_zipfile_serialization=not legacy)
     with pytest.raises(pickle.UnpicklingError, match=r'bad\.pth holds more than data'):
-        read_weights('bad.pth')
+        checkpoint.read_weights('bad.pth')
     assert not Path('harm').exists()
+
+
+@pytest.mark.parametrize('guarded', [False, True])
+def test_a_program_is_refused_and_not_run(guarded, tmp_path, monkeypatch):
+    """torch 2.5 runs TorchScript whatever it is asked for; the later ones refuse it themselves."""
+    monkeypatch.setattr(checkpoint, '_RUNS_PROGRAMS', True)
+    monkeypatch.setattr(torch.jit, 'load', lambda *_, **__: pytest.fail('it was run'))
+    file = str(tmp_path / 'bad.pth')
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), file)
+    if guarded:
+        with checkpoint.guarded_checkpoints(), pytest.raises(RuntimeError, match='TorchScript'):
+            torch.load(file, weights_only=True)
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=r'bad\.pth holds more .* a TorchScript'):
+            checkpoint.read_weights(file)
 
 
 def test_it_would_have_run(planted):
