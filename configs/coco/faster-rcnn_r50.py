@@ -3,3 +3,9 @@ _base_ = ['_base_/frozen_r50.py', 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coc
 
 model = dict(backbone=_base_.backbone)
 optim_wrapper = _base_.frozen_apart
+
+train_pipeline = _base_.read_image + _base_.train_pipeline[1:]
+test_pipeline = _base_.read_image + _base_.test_pipeline[1:]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+default_hooks = _base_.hooks

@@ -6,3 +6,9 @@ model = dict(
     neck=dict(_delete_=True, **_base_.neck),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
+
+train_pipeline = _base_.read_image + _base_.train_pipeline[1:]
+test_pipeline = _base_.read_image + _base_.test_pipeline[1:]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+default_hooks = _base_.hooks

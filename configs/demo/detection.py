@@ -26,8 +26,8 @@ model = dict(
 data_root = 'data/bundled_digits/'
 train_pipeline = _base_.train_pipeline
 test_pipeline = _base_.test_pipeline
-train_pipeline[2].scale = test_pipeline[1].scale = (160, 160)
-train_pipeline.pop(3)  # the mirror image of a digit is none
+train_pipeline[3].scale = test_pipeline[2].scale = (160, 160)
+train_pipeline.pop(4)  # the mirror image of a digit is none
 common = dict(data_root=data_root, metainfo=dict(classes=tuple('0123456789')))
 train_dataloader = dict(
     batch_size=4,
@@ -62,7 +62,4 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(type='mmpretrain.AtomicCheckpointHook', max_keep_ckpts=2),
-)
+default_hooks = dict(logger=dict(interval=10))

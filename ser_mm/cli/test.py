@@ -4,14 +4,17 @@ import argparse
 import os
 from collections.abc import Sequence
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
 from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
-from ser_mm.engine.checks import check_coco, check_data
+from ser_mm.engine.checks import check_data
+from ser_mm.engine.coco import check_coco, predicts_masks
 from ser_mm.engine.cpu import (
     adapt_to_device,
     close_process_group,
@@ -69,7 +72,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
         dict: What the config's scope calls things, one of the two above.
 
     Raises:
-        ValueError: If the config has no data to test on.
+        ValueError: If the config has no data to test on, or ``--tta`` cannot merge what it finds.
     """
     cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
@@ -82,18 +85,27 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
     if not cfg.test_dataloader.get('num_workers'):
         cfg.test_dataloader.persistent_workers = False
 
-    names = MMDET if cfg.get('default_scope') == 'mmdet' else MMPRETRAIN
+    names: dict[str, Any] = MMDET if cfg.get('default_scope') == 'mmdet' else MMPRETRAIN
     if names is MMPRETRAIN:
         cfg.test_dataloader.setdefault('collate_fn', dict(type='default_collate'))
     if args.show_dir:
         hook = cfg.default_hooks.setdefault('visualization', dict(type='VisualizationHook'))
         hook.update({names['draw']: True, names['show_dir']: args.show_dir})
+        if hook.type == 'DetVisualizationHook':
+            import_module('ser_mm.engine.detection_hook')  # needs MMDetection
+            hook.type = 'mmpretrain.DrawDetectionsHook'
     if args.tta:
         dataset = cfg.test_dataloader.dataset
         while 'dataset' in dataset:
             dataset = dataset.dataset
         dataset.pipeline = cfg.get('tta_pipeline') or flip_pipeline(dataset.pipeline)
-        cfg.model = ConfigDict(cfg.get('tta_model') or names['tta_model'], module=cfg.model)
+        merge = cfg.get('tta_model') or names['tta_model']
+        if str(merge['type']).endswith('DetTTAModel') and predicts_masks(cfg):
+            raise ValueError(
+                f"--tta: MMDetection's {merge['type']} merges boxes, and {args.config} finds masks "
+                'too; leave --tta out, or name a tta_model in the config that merges masks.'
+            )
+        cfg.model = ConfigDict(merge, module=cfg.model)
     return names
 
 

@@ -20,7 +20,8 @@ from ser_mm.cli._arguments import (
 )
 from ser_mm.datasets import split_batches
 from ser_mm.engine.checkpointing import check_same_on_all_ranks, resume_newest
-from ser_mm.engine.checks import DATALOADERS, check_batches, check_coco, check_data
+from ser_mm.engine.checks import DATALOADERS, check_batches, check_data
+from ser_mm.engine.coco import check_coco
 from ser_mm.engine.cpu import (
     adapt_to_device,
     close_process_group,
@@ -28,6 +29,7 @@ from ser_mm.engine.cpu import (
     init_cpu_process_group,
 )
 from ser_mm.engine.operators import read_config
+from ser_mm.engine.pretrained import check_pretrained
 from ser_mm.engine.schedules import follow_max_epochs
 
 INTERRUPTED = 'Interrupted; the same command with --resume continues from the last checkpoint.'
@@ -148,6 +150,7 @@ def _train(args: argparse.Namespace) -> None:
         # for the process group.
         if get_local_rank(cfg.launcher) == 0:
             check_data(cfg)
+            check_pretrained(cfg)
             check_coco(cfg)
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
         init_cpu_process_group(cfg.launcher, timeout)

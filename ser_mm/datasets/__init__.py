@@ -1,18 +1,23 @@
 from .bundled_digits import write_bundled_digits
 from .bundled_photos import BundledPhotos, write_bundled_photos
+from .coco import CocoSummary, check_annotations, read_coco
 from .collate import default_collate
 from .exact_split import ExactSplit, split_batches
 from .sequence_folder import SequenceFolder
-from .transforms import Corrupt, EquivariantViewPipeline, LoadReadableImage
+from .transforms import CheckImageSize, Corrupt, EquivariantViewPipeline, LoadReadableImage
 
 __all__ = [
     'BundledPhotos',
+    'CheckImageSize',
+    'CocoSummary',
     'Corrupt',
     'EquivariantViewPipeline',
     'ExactSplit',
     'LoadReadableImage',
     'SequenceFolder',
+    'check_annotations',
     'default_collate',
+    'read_coco',
     'split_batches',
     'write_bundled_digits',
     'write_bundled_photos',

@@ -83,7 +83,7 @@ def write_bundled_digits(
                 coco['images'].append(dict(id=i, file_name=name, height=size, width=size))
                 first = len(coco['annotations'])
                 coco['annotations'] += [
-                    dict(id=first + j, image_id=i, iscrowd=0, **_annotate(mask, label))
+                    dict(id=first + j + 1, image_id=i, iscrowd=0, **_annotate(mask, label))
                     for j, (mask, label) in enumerate(objects)
                 ]
             (folder / f'{split}.json').write_text(json.dumps(coco))

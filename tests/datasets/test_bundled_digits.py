@@ -10,6 +10,7 @@ def test_written_annotations_fit_their_masks(tmp_path):
     for split, count in dict(train=12, val=6).items():
         coco = COCO(root / f'{split}.json')
         assert len(coco.imgs) == count
+        assert 0 not in coco.anns  # pycocotools counts it as missed
         for annotation in coco.anns.values():
             mask = coco.annToMask(annotation)
             ys, xs = mask.nonzero()

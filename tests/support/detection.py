@@ -1,6 +1,8 @@
 """The shipped COCO configs on a small data set."""
 
+import copy
 import re
+from functools import cache
 
 import torch
 from mmdet.registry import MODELS as DETECTORS
@@ -14,8 +16,13 @@ DIGITS = tuple('0123456789')
 TINY = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
 
 
+@cache
+def _load(name):
+    return Config.fromfile(ROOT / 'configs' / 'coco' / f'{name}.py')
+
+
 def load(name, **options):
-    cfg = Config.fromfile(ROOT / 'configs' / 'coco' / f'{name}.py')
+    cfg = copy.deepcopy(_load(name))
     cfg.merge_from_dict(options)
     return cfg
 
@@ -31,7 +38,7 @@ def on_digits(root):
             f'{dataset}ann_file': f'{name}.json',
             f'{dataset}data_prefix.img': f'{name}/',
             f'{dataset}metainfo.classes': DIGITS,
-            f'{dataset}pipeline.{2 if split == "train" else 1}.scale': (96, 96),
+            f'{dataset}pipeline.{3 if split == "train" else 2}.scale': (96, 96),
             f'{split}_dataloader.num_workers': 0,
             f'{split}_dataloader.persistent_workers': False,
         }

@@ -4,4 +4,15 @@ import importlib
 
 importlib.import_module('ser_mm.engine.operators').require_operators('Detection')
 
-custom_imports = dict(imports=['ser_mm'])
+custom_imports = dict(imports=['ser_mm', 'ser_mm.engine.detection_hook'])
+
+# COCO annotates images as they are stored; OpenCV would turn those with an EXIF orientation.
+read_image = [
+    dict(type='LoadImageFromFile', color_type='color_ignore_orientation'),
+    dict(type='mmpretrain.CheckImageSize'),
+]
+
+hooks = dict(
+    checkpoint=dict(type='mmpretrain.AtomicCheckpointHook', max_keep_ckpts=2),
+    visualization=dict(type='mmpretrain.DrawDetectionsHook'),
+)
