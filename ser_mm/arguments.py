@@ -114,10 +114,15 @@ def checked(kind: Kind | None = None, /, **inherited: Any) -> Any:
         for name, value in {**given, **rest}.items():
             if name in expected():
                 check(type(self).__name__, name, value, *expected()[name])
-        initialize(self, *args, **kwargs)
+        initialize(self, *map(_plain, args), **{key: _plain(x) for key, x in kwargs.items()})
 
     kind.__init__ = checking  # type: ignore[misc]
     return kind
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, which is all that some base classes know."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def parameters(kind: type) -> dict[str, tuple[Any, Any]]:
@@ -165,8 +170,8 @@ def check(
     if value is default or fits(value, annotation):
         return
     remedy = 'change it'
-    if default is not inspect.Parameter.empty:
-        remedy = 'leave it out' + (f' for {default!r}' if default is not None else '')
+    if default is not inspect.Parameter.empty and default is not None:
+        remedy = f'leave it out for {default!r}'
     meant = _meant(value)
     if meant is not None and fits(meant, annotation):
         remedy = f'write {meant!r}'
@@ -191,6 +196,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, x) for x in inner)
     if origin is Literal:
         return isinstance(value, str) and value in inner
+    if annotation is Any:
+        return True
     if annotation in (None, type(None)):
         return value is None
     if annotation is bool:
@@ -220,9 +227,9 @@ def describe(annotation: Any) -> str:
         return ' or '.join(dict.fromkeys(describe(x) for x in inner))
     if origin is Literal:
         return ' or '.join(map(repr, inner))
-    if origin is tuple and inner[-1] is not Ellipsis:
+    if origin is tuple and inner and inner[-1] is not Ellipsis:
         return f'{len(inner)} values ({describe(inner[0])} each)'
-    if origin in (list, tuple, Sequence):
+    if origin in (list, tuple, Sequence) and inner:
         return f'a list ({describe(inner[0])} each)'
     if annotation in (None, type(None)):
         return 'None'

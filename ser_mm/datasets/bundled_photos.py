@@ -12,6 +12,7 @@ from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import Name, Natural, Positive, checked
+from ser_mm.datasets._custom_dataset import CUSTOM_DATASET
 
 # Photographs, textures and micrographs inside the wheels of scikit-image and scikit-learn; the
 # other pictures that these packages offer would have to be downloaded.
@@ -159,7 +160,7 @@ def _draw_crop(stripes: list[np.ndarray], size: int, rng: np.random.Generator) -
 
 
 @DATASETS.register_module()
-@checked
+@checked(**CUSTOM_DATASET, data_prefix=Literal[''])
 class BundledPhotos(CustomDataset):
     """Crops of real pictures that come with scikit-image and scikit-learn; no download.
 

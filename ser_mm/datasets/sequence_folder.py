@@ -7,12 +7,13 @@ from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import Name, checked, filled
+from ser_mm.datasets._custom_dataset import CUSTOM_DATASET
 
 VIDEOS = ('.mp4',)
 
 
 @DATASETS.register_module()
-@checked
+@checked(**CUSTOM_DATASET)
 class SequenceFolder(CustomDataset):
     """Videos in class folders, each a sequence of frames with one label.
 
@@ -29,6 +30,24 @@ class SequenceFolder(CustomDataset):
     ) -> None:
         super().__init__(*args, extensions=extensions, **kwargs)
         self.frames = len(mmcv.VideoReader(self.get_data_info(0)['img_path']))
+
+    def load_data_list(self) -> list[dict]:
+        """List the videos.
+
+        Returns:
+            list[dict]: ``img_path`` and ``gt_label`` of each.
+
+        Raises:
+            ValueError: If the folder or the list does not exist.
+        """
+        try:
+            return super().load_data_list()
+        except FileNotFoundError as error:
+            raise ValueError(
+                f'SequenceFolder: data_root={self.data_root!r} with data_prefix='
+                f'{self.data_prefix.get("img_path")!r} and ann_file={self.ann_file!r}: '
+                f'{error.filename or error} does not exist; name a folder of class folders.'
+            ) from error
 
     def prepare_data(self, idx: int) -> dict:
         """Read a video and put each of its frames through the pipeline.

@@ -36,7 +36,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         patch_size (int): Pixels per token, the stride of the token map. Defaults to 16.
         photometry (Sequence[list[dict]], optional): For each view, photometric transforms to run
             on the device instead of in the pipeline, as configured there, see
-            :class:`~ser_mm.models.photometry.Photometry`. Defaults to None.
+            :class:`~ser_mm.models.photometry.Photometry`; ``[]`` for none. Defaults to None.
         non_blocking (bool): Do not wait for the copy to the device. Defaults to True.
         **kwargs: Those of MMPretrain's ``SelfSupDataPreprocessor``: mean, std, to_rgb, ...
 

@@ -5,11 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import default_collate
+from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import TRANSFORMS
 from torch import nn
+from torch.utils.data import DataLoader
 
+from ser_mm.datasets import split_batches
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, MODELS, PATCH, with_ser
 
@@ -132,7 +134,7 @@ def test_backbone_whose_outputs_cannot_hold_both_parts(out_type):
     refused(changed(algorithm__backbone__out_type=out_type), f"out_type='{out_type}'")
 
 
-def batch(views, size=40):
+def batch(views, size=40, collate=default_collate):
     init_default_scope('mmpretrain')
     pipeline = [TRANSFORMS.build(t) for t in (views, dict(type='PackInputs'))]
     rng = np.random.default_rng(0)
@@ -141,7 +143,7 @@ def batch(views, size=40):
         if hasattr(transform, 'in_b2'):
             transform.in_b2 = True  # as ExactSplit assigns images
         data = [transform(x) for x in data]
-    return default_collate(data)
+    return collate(data)
 
 
 def test_pipeline_without_geometry_records():
@@ -156,12 +158,81 @@ def test_pipeline_without_geometry_records():
         preprocessor(kept, training=True)
 
 
-def test_images_that_are_not_whole_patches():
-    crop = dict(type='RandomResizedCrop', scale=36)
-    views = dict(short_run.equivariant_views(0.5), views=[[crop], [crop]], equi_crop=[crop])
+def test_batch_that_is_not_stacked():
+    preprocessor = MODELS.build(ALGORITHMS['mocov3']['data_preprocessor'])
+    for size in (40, 48):
+        loose = batch(short_run.equivariant_views(0.5), size, pseudo_collate)
+        with pytest.raises(ValueError, match="collate_fn=dict.type='default_collate'"):
+            preprocessor(loose, training=True)
+
+
+@pytest.mark.parametrize('odd', [0, 1])
+def test_images_that_are_not_whole_patches(odd):
+    crops = [dict(type='RandomResizedCrop', scale=36 if v == odd else 32) for v in range(2)]
+    views = dict(
+        short_run.equivariant_views(0), views=[[crop] for crop in crops], equi_views=[[], []]
+    )
     preprocessor = MODELS.build(ALGORITHMS['mocov3']['data_preprocessor'])
     with pytest.raises(ValueError, match=f'36 x 36 .*patch_size={PATCH}'):
-        preprocessor(batch(views), training=True)
+        preprocessor(collated(TRANSFORMS.build(views)), training=True)
+
+
+def collated(pipeline):
+    pack = TRANSFORMS.build(dict(type='PackInputs'))
+    return default_collate([pack(pipeline(dict(img=np.zeros((40, 40, 3), np.uint8))))])
+
+
+class Images:
+    """A data set of grey images, of the sizes given."""
+
+    def __init__(self, pipeline, sizes=(40,) * 8):
+        self.pipeline, self.sizes = pipeline, sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        side = self.sizes[index]
+        return self.pipeline(dict(img=np.zeros((side, side, 3), np.uint8)))
+
+
+class Pipeline:
+    def __init__(self, transform):
+        self.transforms = [transform]
+
+    def __call__(self, results):
+        return self.transforms[0](results)['img']
+
+
+def crop(size):
+    return dict(type='CenterCrop', crop_size=size)
+
+
+@pytest.mark.parametrize(
+    'options, place',
+    [
+        (dict(views=[[crop(32)]] * 2, equi_crop=[crop(24)]), r'equi_crop with equi_views\[0\]'),
+        (dict(views=[[crop(32)], [crop(24)]], equi_crop=[crop(32)]), r'equi_views\[1\]|views\[1\]'),
+        (dict(views=[[crop(32)]] * 2, equi_crop=[]), r'equi_crop with equi_views\[0\]'),
+        (dict(views=[[], []], equi_crop=[crop(32)]), r'equi_views\[0\]|views\[0\]'),
+    ],
+)
+def test_views_of_a_batch_that_differ_in_size(options, place):
+    init_default_scope('mmpretrain')
+    views = TRANSFORMS.build(dict(short_run.equivariant_views(0.25), **options))
+    loader = DataLoader(Images(Pipeline(views)), batch_size=8, collate_fn=default_collate)
+    split_batches(loader)
+    with pytest.raises(ValueError, match=f'{place}.* gives an image of .* x .*, others .* are'):
+        next(iter(loader))
+
+
+def test_views_of_other_batches_may_differ_in_size():
+    init_default_scope('mmpretrain')
+    views = dict(short_run.equivariant_views(0.5), views=[[], []], equi_crop=[])
+    data = Images(Pipeline(TRANSFORMS.build(views)), sizes=(40,) * 4 + (32,) * 4)
+    loader = DataLoader(data, batch_size=4, collate_fn=default_collate)
+    split_batches(loader)
+    assert [batch[0].shape[1] for batch in loader] == [40, 32]
 
 
 def test_training_with_the_wrong_pipeline_stops_at_the_first_step(imagenet_tree, tmp_path):

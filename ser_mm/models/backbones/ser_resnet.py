@@ -1,7 +1,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from mmpretrain.models.backbones import ResNet
@@ -9,7 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ser_mm.arguments import InitCfg, Natural, Positive, Share, at_least, checked, filled
+from ser_mm.arguments import InitCfg, Module, Natural, Positive, Share, at_least, checked, filled
 from ser_mm.checkpoint import StrictPretrained
 from ser_mm.views import ViewBatch
 
@@ -25,7 +25,9 @@ from ser_mm.views import ViewBatch
     dilations=Annotated[Sequence[Positive], filled],
     out_indices=Annotated[Sequence[Natural], filled],
     frozen_stages=Annotated[int, at_least(-1)],
-    norm_cfg=dict,
+    style=Literal['pytorch', 'caffe'],
+    conv_cfg=Module | None,
+    norm_cfg=Module,
     drop_path_rate=Share,
 )
 class SERResNet(StrictPretrained, ResNet):
@@ -65,6 +67,13 @@ class SERResNet(StrictPretrained, ResNet):
     ) -> None:
         if init_cfg is not None:
             kwargs['init_cfg'] = init_cfg
+        stages = kwargs.get('num_stages', 4)
+        for name in ('strides', 'dilations'):
+            if len(kwargs.get(name, range(stages))) != stages:
+                raise ValueError(
+                    f'SERResNet: {name}={kwargs[name]} has {len(kwargs[name])} values for '
+                    f'num_stages={stages}; give one for each.'
+                )
         super().__init__(depth, *args, **kwargs)
         if ser_layer is not None and not 1 <= ser_layer <= self.num_stages:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ser_mm.arguments import (
     InitCfg,
+    Module,
     Name,
     NaturalFloat,
     Positive,
@@ -35,13 +36,13 @@ Shapes = list[tuple[int, int]]
     out_indices=int | Annotated[Sequence[int], filled],
     drop_rate=Share,
     drop_path_rate=Share,
-    norm_cfg=dict,
+    norm_cfg=Module,
     out_type=Literal['cls_token', 'featmap', 'avg_featmap', 'raw'],
     frozen_stages=Annotated[int, at_least(-1)],
-    interpolate_mode=Name,
+    interpolate_mode=Literal['bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area'],
     layer_scale_init_value=NaturalFloat,
     patch_cfg=dict,
-    layer_cfgs=dict | Sequence[dict],
+    layer_cfgs=dict | Annotated[Sequence[dict], filled],
 )
 class SERVisionTransformer(StrictPretrained, VisionTransformer):
     """MMPretrain's ViT with a late [CLS] token and a token map for SER (paper, Section 3).

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -7,7 +8,9 @@ from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.arguments import InitCfg, Module, Positive, PositiveFloat, checked, filled
+from ser_mm.arguments import InitCfg, Module, Positive, PositiveFloat, Rule, checked, filled
+
+_falling = Rule('from the largest down', lambda x: all(a > b for a, b in pairwise(x)))
 
 
 @MODELS.register_module()
@@ -40,7 +43,7 @@ class SimpleFPN(BaseModule):
         self,
         in_channels: Positive,
         out_channels: Positive = 256,
-        scale_factors: Annotated[Sequence[PositiveFloat], filled] = (4, 2, 1, 0.5),
+        scale_factors: Annotated[Sequence[PositiveFloat], filled, _falling] = (4, 2, 1, 0.5),
         num_outs: Positive | None = None,
         norm_cfg: Module = dict(type='LN2d', eps=1e-6),  # noqa: B006
         init_cfg: InitCfg = None,

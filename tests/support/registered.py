@@ -1,0 +1,163 @@
+"""Our registered classes, the smallest arguments that build them, and what one does with them."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import mmengine.registry
+import numpy as np
+import torch
+from mmengine.logging import MessageHub
+from mmengine.registry import Registry
+from mmengine.visualization import Visualizer
+from torch import nn
+
+import ser_mm
+from tests.support import algorithms, short_run
+
+
+def registered() -> dict[str, type]:
+    """Every class of ours that a config can name, as the registries know it."""
+    for module in pkgutil.walk_packages(ser_mm.__path__, 'ser_mm.'):
+        try:
+            importlib.import_module(module.name)
+        except ImportError:  # of what an extra installs, such as MMDetection
+            continue
+    found = {}
+    rest = [x for x in vars(mmengine.registry).values() if isinstance(x, Registry)]
+    while rest:
+        registry = rest.pop()
+        rest += registry.children.values()
+        for kind in registry.module_dict.values():
+            if isinstance(kind, type) and kind.__module__.startswith('ser_mm.'):
+                found[kind.__name__] = kind
+    return dict(sorted(found.items()))
+
+
+class Row(NamedTuple):
+    """Arguments that build a class, and a use of what they build."""
+
+    arguments: dict[str, Any]
+    use: Callable[[Any], Any] = lambda built: None
+
+
+def typeless(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key != 'type'}
+
+
+def preprocess(preprocessor):
+    size = 2 * preprocessor.patch_size
+    views = [torch.zeros(3, 3, size, size, dtype=torch.uint8) for _ in range(2)]
+    record = torch.tensor([[-1, -1], [2, 5], [0, 1]])
+    return preprocessor(dict(inputs=[*views, record]), training=True)
+
+
+def views_of(pipeline):
+    pipeline.in_b2 = True
+    image = np.zeros((40, 40, 3), np.uint8)
+    return pipeline(dict(img=image, img_shape=(40, 40)))
+
+
+def ser_loss(head):
+    maps = [torch.randn(2, 4, 3, 2), torch.randn(2, 4, 2, 2)]
+    return head.loss(maps, maps)
+
+
+def dino_loss(head):
+    return head.loss(*torch.randn(2, 2, 3, len(head.center)))
+
+
+def average(ema):
+    MessageHub.get_current_instance().update_info('max_iters', 10)
+    for _ in range(3):
+        ema.update_parameters(nn.Linear(2, 2))
+
+
+def two_losses(model):
+    return model.loss(algorithms.two_views(), [None] * 9)
+
+
+def rows(folder: Path) -> dict[str, Row]:
+    """One for each class; ``folder`` is for what some of them read."""
+    Visualizer.get_instance('rows')  # of which DrawDetectionsHook asks for one
+    image = np.zeros((32, 32, 3), np.uint8)
+    path = folder / 'class' / 'image.png'
+    path.parent.mkdir(exist_ok=True)
+    cv2.imwrite(str(path), image)
+    video = cv2.VideoWriter(
+        str(path.with_suffix('.mp4')), cv2.VideoWriter_fourcc(*'mp4v'), 1, (32, 32)
+    )
+    for _ in range(2):
+        video.write(image)
+    video.release()
+
+    simsiam = algorithms.simsiam(algorithms.BACKBONE, algorithms.mlp(algorithms.EMBED_DIMS))
+    dino = algorithms.dino(algorithms.BACKBONE, algorithms.mlp(algorithms.EMBED_DIMS))
+    images = torch.zeros(2, 3, algorithms.IMAGE, algorithms.IMAGE)
+    return dict(
+        AtomicCheckpointHook=Row({}),
+        BundledPhotos=Row(dict(lazy_init=True)),
+        CheckImageSize=Row({}),
+        Corrupt=Row(
+            dict(corruption='contrast', severity=1),
+            lambda built: built(dict(img=image, img_path='x')),
+        ),
+        CrossCorrelationHead=Row(
+            dict(in_channels=5, loss=dict(type='CrossCorrelationLoss')),
+            lambda built: built.loss(*torch.randn(2, 4, built.bn.num_features)),
+        ),
+        DINO=Row(typeless(dino), lambda built: built.loss(list(torch.randn(2, *images.shape)))),
+        DINOHead=Row(dict(out_channels=8), dino_loss),
+        DINONeck=Row(
+            dict(in_channels=6, hid_channels=8, bottleneck_channels=4, out_channels=7),
+            lambda built: built((torch.zeros(2, built.mlp[0].in_features),)),
+        ),
+        DrawDetectionsHook=Row({}),
+        EpochSeedHook=Row({}),
+        EquivarianceHook=Row({}),
+        EquivariantSplitHook=Row({}),
+        EquivariantViewPipeline=Row(typeless(short_run.equivariant_views(0.5)), views_of),
+        ForeachCosineEMA=Row(dict(model=nn.Linear(2, 2)), average),
+        FreezeLayerHook=Row(dict(layer='neck')),
+        ImageSource=Row(dict(data_root=str(folder), serialize_data=False)),
+        LoadReadableImage=Row({}, lambda built: built(dict(img_path=str(path)))),
+        MomentumUpdateHook=Row({}),
+        NonFiniteLossHook=Row({}),
+        ResumeHook=Row({}),
+        SERAlgorithm=Row(dict(algorithm=simsiam), two_losses),
+        SERDataPreprocessor=Row(dict(patch_size=8, **algorithms.PIXELS), preprocess),
+        SERHead=Row({}, ser_loss),
+        SERNeck=Row(
+            dict(in_channels=4, hid_channels=6, out_channels=5),
+            lambda built: built([torch.zeros(1, built.in_channels, 2, 3)]),
+        ),
+        SERResNet=Row(typeless(algorithms.RESNET), lambda built: built(images)),
+        SERVisionTransformer=Row(typeless(algorithms.BACKBONE), lambda built: built(images)),
+        SequenceFolder=Row(
+            dict(data_root=str(folder), data_prefix='', serialize_data=False),
+            lambda built: built.get_data_info(0),
+        ),
+        SimpleFPN=Row(
+            dict(in_channels=8, out_channels=6),
+            lambda built: built((torch.zeros(1, 8, 4, 4),)),
+        ),
+    )
+
+
+def parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Of the constructor; those that go on to a base class by ``**kwargs`` included."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if '__init__' not in vars(base) or base is object:
+            continue
+        own = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
+        named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for parameter in named:
+            found.setdefault(parameter.name, parameter)
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
