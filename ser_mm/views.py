@@ -28,12 +28,20 @@ class ViewBatch:
             view (see :mod:`ser_mm.geometry`), shape (N2,).
         token_maps (dict[nn.Module, Tensor]): Token map of b2 that each backbone saw, shape
             (N2, C, h / stride, w / stride).
+        draws (Tensor, optional): What was drawn for the view, (N1 + N2, 18), see
+            :mod:`ser_mm.draws`.
+        wants_features (bool): Whether backbones are to leave ``features``.
+        features (dict[nn.Module, Tensor]): What each backbone gives to an equivariance objective of
+            all images, (N1 + N2, C).
     """
 
     base: Tensor
     equi: Tensor
     elements: Tensor
     token_maps: dict[nn.Module, Tensor] = field(default_factory=dict)
+    draws: Tensor | None = None
+    wants_features: bool = False
+    features: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.base) + len(self.equi)

@@ -25,6 +25,7 @@ LAYERS = dict(
     datasets=1,
     visualization=1,
     geometry=0,
+    draws=0,
     files=0,
     views=0,
     checkpoint=0,

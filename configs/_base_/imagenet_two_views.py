@@ -32,6 +32,11 @@ photometry1 = [*color, dict(**blur, prob=1.0)]
 photometry2 = [*color, dict(**blur, prob=0.1), dict(type='Solarize', thr=128, prob=0.2)]
 view_pipeline1 = [crop, *photometry1, flip]
 view_pipeline2 = [crop, *photometry2, flip]
+# Further views of some configs: local crops as in SER's release, without grayscale; the crop that
+# E-SSL turns, as in its authors' code.
+small = dict(crop, scale=96)
+local_crop = [dict(small, crop_ratio_range=(0.05, 0.25)), color[0], dict(**blur, prob=0.5), flip]
+turned_crop = [dict(small, crop_ratio_range=(0.05, 0.14)), *color, dict(**blur, prob=0.1), flip]
 
 train_pipeline = [
     dict(type='LoadReadableImage'),

@@ -3,6 +3,7 @@ from .bundled_photos import BundledPhotos, write_bundled_photos
 from .coco import CocoSummary, check_annotations, read_coco
 from .collate import default_collate
 from .exact_split import ExactSplit, split_batches
+from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
 from .transforms import CheckImageSize, Corrupt, EquivariantViewPipeline, LoadReadableImage
 
@@ -14,9 +15,11 @@ __all__ = [
     'EquivariantViewPipeline',
     'ExactSplit',
     'LoadReadableImage',
+    'PairedDraws',
     'SequenceFolder',
     'check_annotations',
     'default_collate',
+    'pair_batches',
     'read_coco',
     'split_batches',
     'write_bundled_digits',

@@ -97,7 +97,7 @@ def split_batches(
         ValueError: If pipelines in the data set differ in ``equi_ratio``, or a global batch is too
             small for two images in b2.
     """
-    pipelines = [x for x in _pipelines(loader.dataset) if x.equi_ratio > 0]
+    pipelines = [x for x in view_pipelines(loader.dataset) if x.equi_ratio > 0]
     if not pipelines:
         return None
     ratios = sorted({pipeline.equi_ratio for pipeline in pipelines})
@@ -125,11 +125,11 @@ def batch_size_of(loader: DataLoader) -> int:
     return loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 0
 
 
-def _pipelines(dataset: Any) -> Iterator[EquivariantViewPipeline]:
+def view_pipelines(dataset: Any) -> Iterator[EquivariantViewPipeline]:
     """The view pipelines of a data set, through wrappers and concatenations."""
     transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
     yield from (x for x in transforms if isinstance(x, EquivariantViewPipeline))
     inner = [getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())]
     for part in inner:
         if part is not None:
-            yield from _pipelines(part)
+            yield from view_pipelines(part)

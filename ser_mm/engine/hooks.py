@@ -1,6 +1,7 @@
 """Hooks that make a run repeatable, freeze a layer and stop a run that diverged."""
 
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from mmengine.registry import FUNCTIONS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
+from torch import nn
 
 from ser_mm.arguments import Name, Natural, Positive, checked
-from ser_mm.datasets import split_batches
-from ser_mm.datasets.exact_split import batch_size_of
+from ser_mm.datasets import EquivariantViewPipeline, pair_batches, split_batches
+from ser_mm.datasets.exact_split import batch_size_of, view_pipelines
 
 
 @HOOKS.register_module()
@@ -93,17 +95,24 @@ def keep_worker_seed(worker_id: int) -> None:
 
 @HOOKS.register_module()
 class EquivariantSplitHook(Hook):
-    """Let every batch have as many images in b2 as ``equi_ratio`` says.
+    """Let every batch have as many images in b2, or pairs, as its view pipeline says.
 
-    See :class:`~ser_mm.datasets.ExactSplit`. Without an
+    See :class:`~ser_mm.datasets.ExactSplit` and :class:`~ser_mm.datasets.PairedDraws`. Without an
     :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing.
     """
 
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
-        """Prepare the loader, and log how many images are in b2."""
+        """Prepare the loader, and log how many images are in b2.
+
+        Raises:
+            ValueError: If a batch is too small, or the pipeline does not make what the head of an
+                :class:`~ser_mm.models.EquivarianceAlgorithm` needs.
+        """
         loader = runner.train_dataloader
+        _check_views_of_head(runner.model, view_pipelines(loader.dataset))
+        pair_batches(loader)
         self._split = split_batches(loader, runner.seed, get_rank(), get_world_size())
         size = batch_size_of(loader)
         if self._split is not None and size:
@@ -117,6 +126,30 @@ class EquivariantSplitHook(Hook):
         """Let a sampler that repeats its batches have others of their images in b2."""
         if self._split is not None:
             self._split.epoch = runner.epoch
+
+
+def _check_views_of_head(model: nn.Module, pipelines: Iterable[EquivariantViewPipeline]) -> None:
+    """Refuse views that the head of an EquivarianceAlgorithm would take for others."""
+    model = getattr(model, 'module', model)
+    head = getattr(model, 'equi_head', None)
+    name = type(model if head is None else head).__name__
+    needed = dict(extra_views=getattr(head, 'extra_views', 0))
+    if head is not None:
+        needed.update(record_draws=head.needs_draws, pair_draws=head.needs_pairs)
+    for pipeline in pipelines:
+        given = dict(
+            extra_views=len(pipeline.extra_views),
+            record_draws=pipeline.record_draws,
+            pair_draws=pipeline.pair_draws,
+        )
+        for field, value in needed.items():
+            if given[field] != value and (field != 'record_draws' or value):
+                count = field == 'extra_views'
+                raise ValueError(
+                    f'EquivariantViewPipeline: {field}{" has" if count else "="}'
+                    f'{f" {given[field]} entries" if count else given[field]}, but {name} needs '
+                    f'{value}; {"give as many" if count else f"set {field}={value}"}.'
+                )
 
 
 @HOOKS.register_module()

@@ -19,7 +19,7 @@ IMAGES = 2, 0
 """Images of b2 in the steps of a trial."""
 
 
-def try_views(algorithm: nn.Module) -> None:
+def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
     """Compute the loss of two small views, and see what becomes of them; again without b2.
 
     It is done on a copy: weights, buffers, random state and message hub stay as they are.
@@ -27,6 +27,7 @@ def try_views(algorithm: nn.Module) -> None:
     Args:
         algorithm (nn.Module): An algorithm with a ``backbone``. If that has no
             ``token_map_channels``, only what it is handed is checked.
+        owner (str): What wraps it, for the message. Defaults to 'SERAlgorithm'.
 
     Raises:
         ValueError: If ``loss`` fails, does not hand each view to ``backbone`` once, hands them to
@@ -74,7 +75,7 @@ def try_views(algorithm: nn.Module) -> None:
         cause = _one_sentence(error)
         where = ' without images in b2' if images == 0 else ''
         raise ValueError(
-            f'SERAlgorithm: algorithm={type(algorithm).__name__} cannot be wrapped: in a trial '
+            f'{owner}: algorithm={type(algorithm).__name__} cannot be wrapped: in a trial '
             f'step{where}, {cause}.'
         ) from error
 

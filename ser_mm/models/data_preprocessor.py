@@ -71,9 +71,9 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         """Make the containers that the base algorithm takes for its views.
 
         Args:
-            data (dict): ``inputs``, the collated views (B, 3, H, W), uint8, followed by the
-                geometry records (B, V) of :class:`~ser_mm.datasets.EquivariantViewPipeline`;
-                ``data_samples``.
+            data (dict): ``inputs``, the collated views (B, 3, H, W), uint8, followed by what was
+                drawn for them (B, V, 18), if recorded, and by the geometry records (B, V) of
+                :class:`~ser_mm.datasets.EquivariantViewPipeline`; ``data_samples``.
                 A single tensor of images is only normalized.
             training (bool): Passed on. Defaults to False.
 
@@ -84,6 +84,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         if isinstance(data['inputs'], Tensor):
             return super().forward(data, training)
         *views, record = data['inputs']
+        draws = views.pop() if views and views[-1].ndim == 3 else None
         self._check(views, record)
 
         # The record is read on the host, where it was made: the step never waits for the device.
@@ -92,7 +93,9 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         order = in_b2.sort(stable=True).indices
         samples = data.get('data_samples')
         samples = samples and [samples[i] for i in order.tolist()]
-        views, samples, order, elements = self.cast_data([views, samples, order, record[in_b2]])
+        views, samples, order, elements, draws = self.cast_data(
+            [views, samples, order, record[in_b2], draws]
+        )
         photometry: Sequence[Photometry | None] = self.photometry or [None] * len(views)
         inputs = [
             self._normalize(view[order], change)
@@ -101,6 +104,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         for v, view in enumerate(inputs[: record.shape[1]]):
             base, equi = view.split(sizes)
             inputs[v] = ViewBatch(base, self._resize(equi), elements[:, v])
+            inputs[v].draws = draws if draws is None else draws[order, v]
         return dict(inputs=inputs, data_samples=samples)
 
     def _normalize(self, images: Tensor, photometry: Photometry | None) -> Tensor:
@@ -125,9 +129,9 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
             )
         if bool((record < -1).any()):  # on the host, where the record was made
             raise ValueError(
-                'SERDataPreprocessor: nobody assigned the images of the batch to b1 and b2; start '
-                "the run with `ser-mm train`, or add dict(type='EquivariantSplitHook') to its "
-                'custom_hooks.'
+                'SERDataPreprocessor: nobody assigned the images of the batch to b1, b2 or pairs; '
+                "start the run with `ser-mm train`, or add dict(type='EquivariantSplitHook') to "
+                'its custom_hooks.'
             )
         if self.photometry and len(self.photometry) != len(views):
             raise ValueError(

@@ -1,28 +1,20 @@
 import inspect
-import warnings
-from collections.abc import Callable
 
 import torch
 from mmengine import dist
-from mmengine.model import BaseModel
-from mmpretrain.models import ResNet, SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
-from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
 from ser_mm.arguments import InitCfg, Module, NaturalFloat, checked
-from ser_mm.models.contract import seen_views, try_projector, try_views
-from ser_mm.models.data_preprocessor import SERDataPreprocessor
-from ser_mm.models.foreach_ema import use_foreach_update
+from ser_mm.models.contract import try_projector
+from ser_mm.models.two_view_wrapper import TwoViewWrapper
 from ser_mm.views import ViewBatch
-
-_PIXELS = {'mean', 'std', 'to_rgb'}
 
 
 @MODELS.register_module()
 @checked
-class SERAlgorithm(BaseModel):
+class SERAlgorithm(TwoViewWrapper):
     """Soft Equivariance Regularization around a two-view SSL algorithm (arXiv 2603.06693).
 
     The wrapped algorithm computes its own loss, unchanged, from two containers that hold b1 and b2
@@ -79,6 +71,8 @@ class SERAlgorithm(BaseModel):
         >>> model = dict(type='SERAlgorithm', algorithm=dict(algorithm, backbone=backbone))
     """
 
+    loss_name = 'loss_ser'
+
     def __init__(
         self,
         algorithm: Module,
@@ -89,103 +83,17 @@ class SERAlgorithm(BaseModel):
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: InitCfg = None,
     ) -> None:
-        wrapped = MODELS.build(algorithm)
-        use_foreach_update(wrapped)
-        _check_algorithm(wrapped)
-        preprocessor = _preprocessor(
-            data_preprocessor, algorithm.get('data_preprocessor'), wrapped.backbone
-        )
-        super().__init__(preprocessor, init_cfg)
-        self.algorithm = wrapped
+        super().__init__(algorithm, loss_weight, data_preprocessor, init_cfg, needs='token_map')
         # The wrapped algorithm is initialized from the random state that it would have alone.
         with torch.random.fork_rng(devices=[]):
-            self.ser_neck = _build_neck(neck, wrapped.backbone)
+            self.ser_neck = _build_neck(neck, self.backbone)
             self.ser_head = MODELS.build(dict(dict(type='SERHead'), **(head or {})))
         if not dist.is_distributed():
-            try_projector(self.ser_neck, self.ser_head, wrapped.backbone.token_map_channels)
-        self.loss_weight = loss_weight
+            try_projector(self.ser_neck, self.ser_head, self.backbone.token_map_channels)
         self.detach_keys = detach_keys
-        self._further_views = 0
-        self.register_state_dict_post_hook(_to_keys_of_algorithm)
-        self.register_load_state_dict_pre_hook(_from_keys_of_algorithm)
 
-    @property
-    def backbone(self) -> nn.Module:
-        """The online backbone of the wrapped algorithm."""
-        return self.algorithm.backbone
-
-    def forward(
-        self,
-        inputs: Tensor | list[ViewBatch],
-        data_samples: list[DataSample] | None = None,
-        mode: str = 'tensor',
-    ) -> Tensor | tuple | dict[str, Tensor]:
-        """Compute losses (``mode='loss'``), or leave any other mode to the wrapped algorithm."""
-        if mode == 'loss':
-            return self.loss(inputs, data_samples)
-        return self.algorithm(inputs, data_samples, mode=mode)
-
-    def extract_feat(self, inputs: Tensor, **kwargs) -> tuple | Tensor:
-        """Features of images by the wrapped algorithm, as MMPretrain's FeatureExtractor asks for.
-
-        Args:
-            inputs (Tensor): Normalized images, (N, 3, H, W).
-            **kwargs: Those of the wrapped algorithm's ``extract_feat``.
-
-        Returns:
-            tuple | Tensor: What it gives; most give the outputs of ``backbone``.
-        """
-        return self.algorithm.extract_feat(inputs, **kwargs)
-
-    def loss(
-        self, inputs: list[ViewBatch], data_samples: list[DataSample] | None = None
-    ) -> dict[str, Tensor]:
-        """The base loss of b1 and b2, and the equivariance loss of b2.
-
-        Args:
-            inputs (list[ViewBatch]): The views; further ones may be plain tensors.
-            data_samples (list[DataSample], optional): Handed to the wrapped algorithm.
-
-        Returns:
-            dict[str, Tensor]: ``loss_inv``, the sum of the losses that the wrapped algorithm
-            reports, and ``loss_ser``; what it reports beside its losses; and where these are
-            several, each of them, with ``inv`` for ``loss`` in its name.
-
-        Raises:
-            ValueError: At the first batch with more than two views, if the wrapped algorithm does
-                not look at each.
-        """
-        reported = self._report(inputs, data_samples)
-        losses = dict(loss_inv=self.parse_losses(reported)[0])
-        parts = [key for key in reported if 'loss' in key]
-        losses.update((key, value) for key, value in reported.items() if key not in parts)
-        if len(parts) > 1:  # for the log; under a name with 'loss' they would count twice
-            losses.update((key.replace('loss', 'inv'), _detach(reported[key])) for key in parts)
-        losses['loss_ser'] = self.loss_weight * self._equivariance_loss(inputs[:2])
-        return losses
-
-    def _report(
-        self, inputs: list[ViewBatch], data_samples: list[DataSample] | None
-    ) -> dict[str, Tensor]:
-        """The losses of the wrapped algorithm; at first, whether it looks at all views."""
-        watched, unseen = inputs, set()
-        if len(inputs) > 2 + self._further_views:
-            watched, unseen = seen_views(inputs)
-            self._further_views = len(inputs) - 2
-        try:
-            reported = self.algorithm.loss(watched, data_samples)
-        except ValueError as error:
-            if len(inputs[0]) == 1 and 'more than 1 value per channel' in str(error):
-                raise _one_image() from error
-            raise
-        if unseen:
-            raise ValueError(
-                f'SERAlgorithm: views={len(inputs)} reach algorithm='
-                f'{type(self.algorithm).__name__}, which does not look at number '
-                f'{min(unseen) + 1}; give EquivariantViewPipeline two views, or wrap an algorithm '
-                'that takes more, such as DINO.'
-            )
-        return reported
+    def _objective(self, inputs: list[ViewBatch]) -> dict[str, Tensor]:
+        return dict(loss=self._equivariance_loss(inputs[:2]))
 
     def _equivariance_loss(self, views: list[ViewBatch]) -> Tensor:
         queries, keys = self._project(views)
@@ -213,38 +121,6 @@ class SERAlgorithm(BaseModel):
         """The online backbone, and the momentum one if a view was handed to it."""
         return [self.backbone, *(x for x in view.token_maps if x is not self.backbone)]
 
-    def get_layer_depth(self, param_name: str) -> tuple[int, int]:
-        """Depth of a parameter of the wrapped algorithm, see its ``get_layer_depth``."""
-        return self.algorithm.get_layer_depth(param_name.removeprefix('algorithm.'))
-
-
-def _check_algorithm(algorithm: nn.Module) -> None:
-    """Refuse an algorithm that does not meet the contract of SERAlgorithm."""
-    name = type(algorithm).__name__
-    if isinstance(algorithm, SERAlgorithm):
-        raise ValueError(
-            'SERAlgorithm: algorithm=SERAlgorithm is in SER already; wrap what is in it, or leave '
-            'out the outer one.'
-        )
-    backbone = getattr(algorithm, 'backbone', None)
-    if backbone is None:
-        raise ValueError(
-            f'SERAlgorithm: algorithm={name} has no `backbone`; wrap an algorithm whose online '
-            'network is its attribute `backbone`.'
-        )
-    if not dist.is_distributed():
-        try_views(algorithm)
-    if getattr(backbone, 'token_map_channels', None) is None:
-        remedy = "use type='SERVisionTransformer' with ser_layer=3, say"
-        if hasattr(backbone, 'ser_layer'):
-            remedy = f'backbone.ser_layer={backbone.ser_layer}, set it to 3, say'
-        elif isinstance(backbone, ResNet):
-            remedy = "use type='SERResNet' with ser_layer=3, say"
-        raise ValueError(
-            f'SERAlgorithm: the backbone of {name}, {type(backbone).__name__}, gives no token '
-            f'map; {remedy}.'
-        )
-
 
 def _build_neck(config: dict | None, backbone: nn.Module) -> nn.Module:
     """The projector, as wide at its input as the token map."""
@@ -260,75 +136,3 @@ def _build_neck(config: dict | None, backbone: nn.Module) -> nn.Module:
             f'channels; leave it out, or set neck.in_channels={channels}.'
         )
     return neck
-
-
-def _preprocessor(
-    given: dict | nn.Module | None, inner: dict | None, backbone: nn.Module
-) -> nn.Module:
-    """The preprocessor: ``given``, else what the wrapped algorithm and its backbone know."""
-    stride = backbone.token_map_stride
-    if not isinstance(given, nn.Module):
-        config = {**(inner or {}), **(given or {})}
-        if given and not _PIXELS.isdisjoint(given):  # mean, std and order belong together
-            config = {k: v for k, v in config.items() if k not in _PIXELS or k in given}
-        kind = config.get('type', 'SelfSupDataPreprocessor')
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        if kind is SelfSupDataPreprocessor:
-            config['type'] = kind = SERDataPreprocessor
-        if kind is not None and not issubclass(kind, SERDataPreprocessor):
-            raise _not_splitting(kind)
-        if config.get('mean') is None:
-            warnings.warn(
-                'SERAlgorithm: neither data_preprocessor nor the wrapped algorithm has a mean and '
-                'std, so images keep their values from 0 to 255; set data_preprocessor=dict('
-                'mean=[...], std=[...], to_rgb=True).',
-                stacklevel=2,
-            )
-        config.setdefault('patch_size', stride)
-        built = MODELS.build(config)
-    elif isinstance(given, SERDataPreprocessor):
-        built = given
-    else:
-        raise _not_splitting(type(given))
-    if built.patch_size != stride:
-        raise ValueError(
-            f'SERAlgorithm: data_preprocessor.patch_size={built.patch_size}, but a token of the '
-            f'backbone covers {stride} pixels; leave it out, or set patch_size={stride}.'
-        )
-    return built
-
-
-def _not_splitting(kind: type) -> ValueError:
-    return ValueError(
-        f'SERAlgorithm: data_preprocessor.type={kind.__name__} does not split views into b1 and '
-        "b2; use type='SERDataPreprocessor', or leave it out."
-    )
-
-
-def _one_image() -> ValueError:
-    return ValueError(
-        'SERAlgorithm: a batch of 1 image has no variance for BatchNorm; raise '
-        'train_dataloader.batch_size to 2 or more, and where only the last batch of an epoch is so '
-        'small, set train_dataloader.drop_last=True.'
-    )
-
-
-def _detach(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    return value.detach() if isinstance(value, Tensor) else [x.detach() for x in value]
-
-
-def _to_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Drop ``algorithm.`` from the keys of a state dict."""
-    _rename(state_dict, prefix, lambda key: key.removeprefix('algorithm.'))
-
-
-def _from_keys_of_algorithm(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Put ``algorithm.`` back before loading."""
-    children = tuple(f'{name}.' for name, _ in module.named_children())
-    _rename(state_dict, prefix, lambda key: key if key.startswith(children) else f'algorithm.{key}')
-
-
-def _rename(state_dict: dict, prefix: str, rename: Callable[[str], str]) -> None:
-    """Rename the keys below ``prefix``, in place and in order."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        state_dict[prefix + rename(key[len(prefix) :])] = state_dict.pop(key)

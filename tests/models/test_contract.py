@@ -262,7 +262,7 @@ REFUSED = {
         simsiam(dict(type='ResNet', depth=18), mlp(512, with_avg_pool=True)),
         "ResNet, gives no token map; use type='SERResNet' with ser_layer=3",
     ),
-    'SER in SER': (ALGORITHMS['simsiam'], 'algorithm=SERAlgorithm is in SER already'),
+    'SER in SER': (ALGORITHMS['simsiam'], 'algorithm=SERAlgorithm wraps one already'),
     'tensor of embeddings': (
         dict(type='OwnAlgorithm', backbone=dict(type='BareTensor')),
         '`backbone` returns a Tensor, not a tuple of embeddings',

@@ -17,6 +17,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 
 import ser_mm
+from ser_mm.draws import NUM_DRAWS
 from tests.support import algorithms, short_run
 
 
@@ -71,10 +72,24 @@ def dino_loss(head):
     return head.loss(*torch.randn(2, 2, 3, len(head.center)))
 
 
+def objective(head):
+    features = list(torch.randn(2, 4, head.in_channels))
+    extra = [torch.randn(8, head.in_channels)]
+    if type(head).__name__ == 'EquiModHead':
+        extra = [features[0]]
+    return head.loss(features, list(torch.rand(2, 4, NUM_DRAWS)), extra, features)
+
+
 def average(ema):
     MessageHub.get_current_instance().update_info('max_iters', 10)
     for _ in range(3):
         ema.update_parameters(nn.Linear(2, 2))
+
+
+def local_crops(algorithm):
+    MessageHub.get_current_instance().update_info('max_iters', 10)
+    views = torch.randn(2, 4, 3, algorithms.IMAGE, algorithms.IMAGE)
+    return algorithm.loss([*views, torch.randn(4, 3, 16, 16)])
 
 
 def two_losses(model):
@@ -98,8 +113,11 @@ def rows(folder: Path) -> dict[str, Row]:
     simsiam = algorithms.simsiam(algorithms.BACKBONE, algorithms.mlp(algorithms.EMBED_DIMS))
     dino = algorithms.dino(algorithms.BACKBONE, algorithms.mlp(algorithms.EMBED_DIMS))
     images = torch.zeros(2, 3, algorithms.IMAGE, algorithms.IMAGE)
+    mocov3 = algorithms.mocov3(algorithms.BACKBONE, algorithms.mlp(algorithms.EMBED_DIMS))
+    rotation = dict(type='RotationHead')
     return dict(
         AtomicCheckpointHook=Row({}),
+        AugSelfHead=Row(dict(in_channels=4, hid_channels=5), objective),
         BundledPhotos=Row(dict(lazy_init=True)),
         CheckImageSize=Row({}),
         Corrupt=Row(
@@ -118,6 +136,11 @@ def rows(folder: Path) -> dict[str, Row]:
         ),
         DrawDetectionsHook=Row({}),
         EpochSeedHook=Row({}),
+        EquiModHead=Row(dict(in_channels=4, hid_channels=5, out_channels=3), objective),
+        EquivarianceAlgorithm=Row(
+            dict(algorithm=simsiam, head=rotation),
+            lambda built: built.loss([*algorithms.two_views(4, 0), images], [None] * 4),
+        ),
         EquivarianceHook=Row({}),
         EquivariantSplitHook=Row({}),
         EquivariantViewPipeline=Row(typeless(short_run.equivariant_views(0.5)), views_of),
@@ -126,8 +149,10 @@ def rows(folder: Path) -> dict[str, Row]:
         ImageSource=Row(dict(data_root=str(folder), serialize_data=False)),
         LoadReadableImage=Row({}, lambda built: built(dict(img_path=str(path)))),
         MomentumUpdateHook=Row({}),
+        MultiCropMoCoV3=Row(typeless(mocov3), local_crops),
         NonFiniteLossHook=Row({}),
         ResumeHook=Row({}),
+        RotationHead=Row(dict(in_channels=4, hid_channels=5), objective),
         SERAlgorithm=Row(dict(algorithm=simsiam), two_losses),
         SERDataPreprocessor=Row(dict(patch_size=8, **algorithms.PIXELS), preprocess),
         SERHead=Row({}, ser_loss),
@@ -137,6 +162,9 @@ def rows(folder: Path) -> dict[str, Row]:
         ),
         SERResNet=Row(typeless(algorithms.RESNET), lambda built: built(images)),
         SERVisionTransformer=Row(typeless(algorithms.BACKBONE), lambda built: built(images)),
+        STLHead=Row(
+            dict(in_channels=4, code_channels=2, hid_channels=5, out_channels=3), objective
+        ),
         SequenceFolder=Row(
             dict(data_root=str(folder), data_prefix='', serialize_data=False),
             lambda built: built.get_data_info(0),

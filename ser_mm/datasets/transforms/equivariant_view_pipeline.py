@@ -9,6 +9,7 @@ from mmpretrain.registry import TRANSFORMS
 
 from ser_mm.arguments import Module, Positive, Share, checked, filled
 from ser_mm.datasets.transforms.policy import derive_crop, derive_photometry, find_geometry
+from ser_mm.datasets.transforms.recording import RecordedView, random_numbers_apart
 from ser_mm.geometry import NUM_ELEMENTS, act_on_array
 
 NOT_IN_B2 = -1
@@ -36,8 +37,9 @@ class EquivariantViewPipeline(BaseTransform):
 
     **Modified Keys:** img, a list of the views followed by the geometry record: an int64 tensor
     (number of equivariant views,) with the element that moved each of them, -1 in b1, -2 in b1
-    where it was not assigned. It travels with the images through ``PackInputs`` and
-    ``default_collate``.
+    where it was not assigned. With ``record_draws``, what was drawn for the first two views stands
+    before it: float32, (2, 18), see :mod:`ser_mm.draws`. Both travel with the images through
+    ``PackInputs`` and ``default_collate``.
 
     Args:
         views (Sequence[list]): Pipeline of each view of b1. All views have the same size, but for
@@ -54,10 +56,20 @@ class EquivariantViewPipeline(BaseTransform):
         transforms (Sequence[list], optional): Another name of ``views``. Defaults to None.
         num_views (int | Sequence[int], optional): How often each of ``transforms`` is a view.
             Defaults to None: once.
+        record_draws (bool): Record what is drawn for the first two views, for
+            :class:`~ser_mm.models.AugSelfHead` and :class:`~ser_mm.models.EquiModHead`. Needs
+            ``equi_ratio=0``, as the element of b2 has no place in that record. Defaults to False.
+        pair_draws (bool): Let images 2i and 2i + 1 of a batch share their crop, jitter and
+            grayscale in each of the first two views, for :class:`~ser_mm.models.STLHead`. Needs
+            ``equi_ratio=0``. Defaults to False.
+        extra_views (Sequence[list]): Pipelines of further views, after all others, which draw from
+            a stream of their own: the views before are those that they would be without. Defaults
+            to none.
 
     Raises:
         ValueError: If an argument is of another type, there are fewer than two views, the policy
-            of b2 cannot be derived, or ``equi_views`` move the content of an image; when images
+            of b2 cannot be derived, ``equi_views`` move the content of an image, draws are recorded
+            or shared beside b2, or those of a transform cannot be; when images
             are read, if those of a batch differ in size, or ``equi_crop`` gives one that is not
             square.
 
@@ -75,6 +87,9 @@ class EquivariantViewPipeline(BaseTransform):
         equi_ratio: Share = 0.01,
         transforms: Sequence[Pipeline] | None = None,
         num_views: Positive | Annotated[Sequence[Positive], filled] | None = None,
+        record_draws: bool = False,
+        pair_draws: bool = False,
+        extra_views: Sequence[Pipeline] = (),
     ) -> None:
         views = _expand(views, transforms, num_views)
         if len(views) < 2 or (equi_views is not None and len(equi_views) != 2):
@@ -83,10 +98,17 @@ class EquivariantViewPipeline(BaseTransform):
                 f'equi_views and {len(views)} views; give two equi_views, and as many views or '
                 'more.'
             )
+        drawn = record_draws or pair_draws
+        if drawn and equi_ratio > 0:
+            name = 'record_draws' if record_draws else 'pair_draws'
+            raise ValueError(
+                f'EquivariantViewPipeline: {name}=True knows nothing of the draws of b2, and '
+                f'equi_ratio={equi_ratio:g}; set equi_ratio=0.'
+            )
         if equi_views is None:
-            equi_views = derive_photometry(views[:2])
+            equi_views = [[], []] if drawn else derive_photometry(views[:2])
         if equi_crop is None:
-            equi_crop = derive_crop(views[:2])
+            equi_crop = [] if drawn else derive_crop(views[:2])
         moving = next((name for view in equi_views for name in find_geometry(view)), None)
         if moving:
             raise ValueError(
@@ -94,12 +116,20 @@ class EquivariantViewPipeline(BaseTransform):
                 'of which the geometry record would not know; move it to equi_crop, or leave it '
                 'out, as each view of b2 is turned and flipped anyway.'
             )
-        self.views = [Compose(view) for view in views]
+        composed = [Compose(view) for view in views]
+        self.views = [
+            RecordedView(view) if drawn and v < 2 else view for v, view in enumerate(composed)
+        ]
+        self.extra_views = [Compose(view) for view in extra_views]
+        self.record_draws = record_draws
+        self.pair_draws = pair_draws
         self.equi_crop = Compose(equi_crop)
         self.equi_views = [Compose(view) for view in equi_views]
         self.equi_ratio = equi_ratio
         self.in_b2: bool | None = None
         """Where the next image belongs; None where nobody says."""
+        self.as_before: bool | None = None
+        """Whether the next image shares the draws of the last; None where nobody says."""
         self.sizes: dict[int, str] | None = None
         """Size that each view has in this batch; None where images make no batch."""
 
@@ -115,6 +145,8 @@ class EquivariantViewPipeline(BaseTransform):
         # Without b2 no random number is drawn beyond those of MultiView, so that the same seed
         # gives the same views.
         assigned = self.in_b2 is not None or self.equi_ratio in (0, 1)
+        if self.pair_draws:
+            assigned = self.as_before is not None
         in_b2 = self.equi_ratio == 1 if self.in_b2 is None else self.in_b2
         record = np.full(len(self.equi_views), NOT_IN_B2 if assigned else NOT_ASSIGNED)
         images = []
@@ -131,9 +163,20 @@ class EquivariantViewPipeline(BaseTransform):
                 act_on_array(view(deepcopy(crop))['img'], element)
                 for view, element in zip(self.equi_views, record, strict=True)
             ]
-        images += [view(deepcopy(results))['img'] for view in self.views[len(images) :]]
+        draws = []
+        for view in self.views[len(images) :]:
+            if isinstance(view, RecordedView):
+                made, row = view(deepcopy(results), bool(self.as_before))
+                draws.append(row)
+            else:
+                made = view(deepcopy(results))
+            images.append(made['img'])
+        if self.extra_views:
+            with random_numbers_apart():
+                images += [view(deepcopy(results))['img'] for view in self.extra_views]
         self._compare(images, bool(in_b2))
-        results['img'] = [*images, torch.from_numpy(record)]
+        records = [torch.from_numpy(np.stack(draws))] if self.record_draws else []
+        results['img'] = [*images, *records, torch.from_numpy(record)]
         return results
 
     def _compare(self, images: list[np.ndarray], in_b2: bool) -> None:
@@ -146,6 +189,8 @@ class EquivariantViewPipeline(BaseTransform):
             if size != before:
                 own = in_b2 and v < len(self.equi_views)
                 place = f'equi_crop with equi_views[{v}]' if own else f'views[{v}]'
+                if v >= len(self.views):
+                    place = f'extra_views[{v - len(self.views)}]'
                 raise ValueError(
                     f'EquivariantViewPipeline: {place} gives an image of {size}, others of the '
                     f'same view are {before}; crop or resize to one size in views and equi_crop.'

@@ -100,6 +100,11 @@ class SERResNet(StrictPretrained, ResNet):
         """Pixels per token of the token map."""
         return 4 * math.prod(self.strides[: self.ser_layer])
 
+    @property
+    def feature_channels(self) -> int:
+        """Channels of what :meth:`features` gives."""
+        return self.token_map_channels or getattr(self, self.res_layers[-1])[-1].out_channels
+
     def forward(self, x: Tensor | ViewBatch) -> tuple[Tensor, ...]:
         """Embed images.
 
@@ -119,17 +124,34 @@ class SERResNet(StrictPretrained, ResNet):
             equi = self._stages(x.equi)
         if self.ser_layer is not None:
             x.token_maps[self] = equi[self.ser_layer - 1]
+        if x.wants_features:
+            seen = (self.ser_layer or self.num_stages) - 1
+            x.features[self] = torch.cat([maps[seen].mean(dim=(2, 3)) for maps in (base, equi)])
         return tuple(
             torch.cat([maps[i].mean(dim=(2, 3), keepdim=True) for maps in (base, equi)])
             for i in self.out_indices
         )
 
-    def _stages(self, images: Tensor) -> list[Tensor]:
-        """The output map of every stage."""
+    def features(self, images: Tensor) -> Tensor:
+        """What an equivariance objective sees of images: their mean over a stage's map.
+
+        That of ``ser_layer``, or of the last stage. Running statistics stay as they are.
+
+        Args:
+            images (Tensor): (N, 3, H, W).
+
+        Returns:
+            Tensor: (N, C).
+        """
+        with self._set_apart(True, images.device.type):
+            return self._stages(images, self.ser_layer)[-1].mean(dim=(2, 3))
+
+    def _stages(self, images: Tensor, count: int | None = None) -> list[Tensor]:
+        """The output map of every stage, or of the first ``count``."""
         x = self.stem(images) if self.deep_stem else self.relu(self.norm1(self.conv1(images)))
         x = self.maxpool(x)
         maps = []
-        for name in self.res_layers:
+        for name in self.res_layers[:count]:
             x = getattr(self, name)(x)
             maps.append(x)
         return maps

@@ -148,6 +148,11 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         """Pixels per token of the token map."""
         return self.patch_embed.projection.stride[0]
 
+    @property
+    def feature_channels(self) -> int:
+        """Channels of what :meth:`features` gives."""
+        return self.embed_dims
+
     def init_weights(self) -> None:
         """Initialize by ``linear_init``, by ``init_cfg``, or strictly from a checkpoint."""
         super().init_weights()
@@ -215,21 +220,39 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             groups = [images for images in (x.base, x.equi) if len(images)]
         tokens, shapes, grids = self._embed(groups)
         outs = []
-        for i, layer in enumerate(self.layers):
-            if i == self.cls_layer > 0:
-                tokens, shapes = self._insert_cls(tokens, shapes)
-            if self.with_cp and torch.is_grad_enabled():
-                tokens = checkpoint(self._run_layer, layer, tokens, shapes, use_reentrant=False)
-            else:
-                tokens = self._run_layer(layer, tokens, shapes)
+        for i in range(self.num_layers):
+            tokens, shapes = self._run_block(i, tokens, shapes)
             if i + 1 == self.ser_layer and isinstance(x, ViewBatch):
                 x.token_maps[self] = self._token_map(x, tokens, shapes, grids)
+                if x.wants_features:
+                    x.features[self] = self._pool(tokens, shapes, grids)
             if i == self.num_layers - 1 and self.final_norm:
                 tokens = self.ln1(tokens)
             if i in self.out_indices:
                 images = zip(_unpack(tokens, shapes), grids, strict=True)
                 outs.append(_cat([self._format_output(t, grid) for t, grid in images]))
+        if self.ser_layer is None and isinstance(x, ViewBatch) and x.wants_features:
+            x.features[self] = outs[-1]
         return tuple(outs)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What an equivariance objective sees of images, by the blocks that it takes alone.
+
+        Without ``ser_layer`` the last output. With it, after that block, the [CLS] token, or the
+        mean of the patch tokens where [CLS] is not in yet.
+
+        Args:
+            images (Tensor): (N, 3, H, W).
+
+        Returns:
+            Tensor: (N, C).
+        """
+        if self.ser_layer is None:
+            return self(images)[-1]
+        tokens, shapes, grids = self._embed([images])
+        for i in range(self.ser_layer):
+            tokens, shapes = self._run_block(i, tokens, shapes)
+        return self._pool(tokens, shapes, grids)
 
     def _embed(self, groups: list[Tensor]) -> tuple[Tensor, Shapes, Shapes]:
         """Patches and positions: packed tokens (T, C), their shapes, and the grid per group."""
@@ -257,6 +280,15 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         ]
         return _cat(images), [(n, length + 1) for n, length in shapes]
 
+    def _run_block(self, i: int, tokens: Tensor, shapes: Shapes) -> tuple[Tensor, Shapes]:
+        """Encoder layer ``i``, and [CLS] in front of it where that is its place."""
+        if i == self.cls_layer > 0:
+            tokens, shapes = self._insert_cls(tokens, shapes)
+        if self.with_cp and torch.is_grad_enabled():
+            layer = self.layers[i]
+            return checkpoint(self._run_layer, layer, tokens, shapes, use_reentrant=False), shapes
+        return self._run_layer(self.layers[i], tokens, shapes), shapes
+
     def _run_layer(self, layer: TransformerEncoderLayer, tokens: Tensor, shapes: Shapes) -> Tensor:
         """One encoder layer: all of it per token, but for attention (and drop path, per image)."""
         attn = layer.attn
@@ -280,6 +312,12 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         height, width = grids[-1]
         patches = _unpack(tokens, shapes)[-1][:, -height * width :]
         return patches.transpose(1, 2).unflatten(2, (height, width))
+
+    def _pool(self, tokens: Tensor, shapes: Shapes, grids: Shapes) -> Tensor:
+        """The feature of each image, (N, C): [CLS] if there, else the mean of the patches."""
+        with_cls = [length > h * w for (_, length), (h, w) in zip(shapes, grids, strict=True)]
+        images = zip(_unpack(tokens, shapes), with_cls, strict=True)
+        return _cat([x[:, 0] if cls else x.mean(dim=1) for x, cls in images])
 
     def _format_output(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """As the base class, where the number of extra tokens depends on the layer."""
