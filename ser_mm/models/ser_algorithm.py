@@ -175,9 +175,14 @@ class SERAlgorithm(BaseModel):
         try:
             reported = self.algorithm.loss(watched, data_samples)
         except ValueError as error:
-            if len(inputs[0]) == 1 and 'more than 1 value per channel' in str(error):
-                raise _one_image() from error
-            raise
+            if 'more than 1 value per channel' not in str(error):
+                raise
+            raise ValueError(
+                f'SERAlgorithm: a batch of {len(inputs[0].base)} images in b1 and '
+                f'{len(inputs[0].equi)} in b2 has no variance for BatchNorm; raise '
+                'train_dataloader.batch_size, and where only the last batch of an epoch is so '
+                'small, set train_dataloader.drop_last=True.'
+            ) from error
         if unseen:
             raise ValueError(
                 f'SERAlgorithm: views={len(inputs)} reach algorithm='
@@ -302,14 +307,6 @@ def _not_splitting(kind: type) -> ValueError:
     return ValueError(
         f'SERAlgorithm: data_preprocessor.type={kind.__name__} does not split views into b1 and '
         "b2; use type='SERDataPreprocessor', or leave it out."
-    )
-
-
-def _one_image() -> ValueError:
-    return ValueError(
-        'SERAlgorithm: a batch of 1 image has no variance for BatchNorm; raise '
-        'train_dataloader.batch_size to 2 or more, and where only the last batch of an epoch is so '
-        'small, set train_dataloader.drop_last=True.'
     )
 
 
