@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmengine.model import PretrainedInit
 from mmpretrain.registry import MODELS
 from torch import nn
@@ -457,6 +458,18 @@ def test_options_and_paths_of_a_foreign_run_are_data(tmp_path):
     assert vars(read['args']).keys() == {'lr', 'output_dir', 'betas', 'clip'}
     assert str(read['args'].output_dir) == 'out' and not hasattr(read['args'].output_dir, 'open')
     assert type(read['args']) is not argparse.Namespace and read['loss'] == 1
+
+
+def test_history_written_with_another_numpy_is_read(tmp_path):
+    """numpy 2 calls its core another name."""
+    history = HistoryBuffer([1.5, 2.5], [1, 1])
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(history=history), file, _use_new_zipfile_serialization=False)
+    here = next(core for core in (b'numpy._core.', b'numpy.core.') if core in file.read_bytes())
+    for core in (b'numpy._core.', b'numpy.core.'):
+        file.write_bytes(file.read_bytes().replace(here, core))
+        here = core
+        assert read_checkpoint(str(file))['history'].mean() == 2.0
 
 
 def test_checkpoint_loads_into_the_bare_algorithm_and_back(checkpoint):

@@ -8,7 +8,9 @@ import textwrap
 
 import pytest
 
+from ser_mm.datasets import write_bundled_digits, write_bundled_photos
 from ser_mm.files import locked, read_kept, replacing, write_text
+from ser_mm.visualization import draw_curves
 from tests.support.paths import ROOT
 
 
@@ -119,3 +121,26 @@ with files.locked(sys.argv[1], 'work'):
         other.wait(0.5)
     os.kill(child, signal.SIGKILL)
     assert other.communicate(timeout=20)[0] == 'free\n' and other.returncode == 0
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
+    panels = {'loss': {'run': [(1, 0.5, 0.1), (2, 0.25, 0.1)]}}
+    draw_curves(panels, tmp_path / 'curves', 'epoch')
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    assert file.name == 'curves.png' and before.startswith(b'\x89PNG')
+    with pytest.raises(ValueError):
+        draw_curves({'$\\frac{$': panels['loss']}, file, 'epoch')  # fails while it is drawn
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"crop', '3'])
+def test_data_with_a_damaged_stamp_is_refused_with_what_to_do(content, tmp_path):
+    for name, write in {
+        'bundled_photos.json': write_bundled_photos,
+        'val.json': write_bundled_digits,
+    }.items():
+        (tmp_path / write.__name__).mkdir()
+        (tmp_path / write.__name__ / name).write_text(content)
+        with pytest.raises(FileExistsError, match='remove'):
+            write(tmp_path / write.__name__)

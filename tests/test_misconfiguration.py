@@ -265,6 +265,7 @@ SLIPS = [
     ('EquivariantViewPipeline', 'equi_ratio', '0.1', 'write 0.1'),
     ('EquivariantViewPipeline', 'num_views', '[1, 1]', r'write \[1, 1\]'),
     ('EquivariantViewPipeline', 'num_views', [1, 1, 1], '3 numbers for 2 pipelines'),
+    ('DINO', 'head', dict(type='DINOHead', out_channels=50), 'neck.out_channels=40, but head'),
     ('DINO', 'base_momentum', 0, 'between 0 and 1'),
     ('DINO', 'base_momentum', 1.004, 'between 0 and 1'),
     ('DINOHead', 'warmup_epochs', 2.5, 'an integer'),

@@ -1,7 +1,10 @@
 """What the repository declares agrees with what it holds."""
 
 import ast
+import importlib
 import importlib.metadata
+import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,8 +16,13 @@ from mmpretrain.apis.model import ModelHub
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import ser_mm
 from ser_mm.engine.operators import read_config, require_operators
+from ser_mm.models import photometry
 from tests.support.paths import ROOT
+
+# Import names of packages that only some commands, transforms or tests need.
+OPTIONS = ['kornia', 'imagecorruptions', 'mmdet', 'pycocotools', 'safetensors', 'timm']
 
 
 def declared():
@@ -46,6 +54,57 @@ def test_pinned_releases_are_within_what_is_declared():
         wanted = declarations.get(canonicalize_name(pin.name))
         for release in pin.specifier if wanted else ():
             assert wanted.specifier.contains(release.version), (str(pin), str(wanted))
+
+
+def test_import_asks_for_the_declared_releases():
+    """Those of OpenMMLab go by two names each; the last of the first releases are the oldest."""
+    lowest = {
+        canonicalize_name(requirement.name): [
+            spec.version for spec in requirement.specifier if spec.operator == '>='
+        ]
+        for requirement in declared()
+    }
+    names = {'mmcv': 'mmcv-lite'}
+    for name, (needed, install) in ser_mm._NEEDED.items():
+        assert lowest[names.get(name, name)] == [needed], name
+        assert Requirement(install.partition("'")[0]).specifier.contains(needed), install
+
+
+@pytest.mark.parametrize('name', ser_mm._NEEDED)
+def test_older_release_is_told_at_import(name, monkeypatch):
+    for release in ('99.0', '2.11.0+cu130', '2.7.0a0+git1234567'):
+        monkeypatch.setattr(importlib.import_module(name), '__version__', release)
+        ser_mm._check_releases()
+    needed, _ = ser_mm._NEEDED[name]
+    monkeypatch.setattr(importlib.import_module(name), '__version__', '0.9.9+cu1')
+    told = f'{name} >= {needed}, but {name} 0.9.9+cu1 is installed: run `pip install '
+    with pytest.raises(ImportError, match=re.escape(told)):
+        ser_mm._check_releases()
+
+
+@pytest.mark.parametrize('name', ser_mm._NEEDED)
+def test_absent_package_is_told_at_import(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f'ser_mm needs {name} >= .*not installed: run `pip inst'):
+        ser_mm._check_releases()
+
+
+@pytest.mark.slow
+def test_import_needs_no_options():
+    hide = f'import sys; sys.modules.update(dict.fromkeys({OPTIONS}))'
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', f'{hide}; import ser_mm, ser_mm.cli.main'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_photometry_without_kornia(monkeypatch):
+    monkeypatch.setattr(photometry, 'kornia', None)
+    with pytest.raises(ImportError, match="needs kornia.*run `pip install 'kornia>=0.8'`, or"):
+        photometry.Photometry([dict(type='Solarize', thr=128)])
 
 
 def test_commits_are_formatted_by_the_pinned_ruff():

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly PYTHON=${PYTHON:-python3} VENV=.venv
+readonly PYTHON=${PYTHON:-python3} VENV=.venv EXTRAS=openmmlab,device-photometry,robustness
 readonly python=$VENV/bin/python
 export MAX_JOBS=${MAX_JOBS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -134,7 +134,7 @@ base() {
     install --no-cache-dir --no-deps --force-reinstall onedl-mmcv
   fi
   say "torch, OpenMMLab and the rest (some 3 GB to download when new: a minute or more)"
-  install --no-build-isolation -e '.[openmmlab,robustness]'
+  install --no-build-isolation -e ".[$EXTRAS]"
   cv2_without_display
   "$python" -W ignore -c 'import mmpretrain' >/dev/null ||
     fail "the installed packages do not import (see above)."
@@ -142,7 +142,7 @@ base() {
 
 dev() {
   say "checks, tests and documentation (seconds)"
-  install --no-build-isolation -e '.[openmmlab,robustness,dev,docs]'
+  install --no-build-isolation -e ".[$EXTRAS,dev,docs]"
   cv2_without_display
 }
 
@@ -192,7 +192,7 @@ operators() {
     rm -rf "$built"
   fi
   say "MMDetection (seconds)"
-  install --no-build-isolation -e '.[openmmlab,robustness,detection]'
+  install --no-build-isolation -e ".[$EXTRAS,detection]"
   cv2_without_display
 }
 

@@ -1,6 +1,7 @@
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,8 @@ def write_bundled_digits(
     """
     root = Path(root).expanduser()
     info = dict(train=num_train, val=num_val, size=size, seed=seed)
-    if root.exists():
-        stamp = root / 'val.json'
-        if stamp.exists() and json.loads(stamp.read_text())['info'] == info:
-            return
-        raise FileExistsError(
-            f'write_bundled_digits: {root} holds other files already; remove it or choose another '
-            'folder.'
-        )
+    if _is_written(root, info):
+        return
     from sklearn.datasets import load_digits  # slow to import, as is pycocotools below
 
     digits = load_digits()
@@ -87,7 +82,27 @@ def write_bundled_digits(
                     for j, (mask, label) in enumerate(objects)
                 ]
             (folder / f'{split}.json').write_text(json.dumps(coco))
-        os.rename(folder, root)
+        try:
+            os.rename(folder, root)
+        except OSError:  # another process was faster
+            if not _is_written(root, info):
+                raise
+
+
+def _is_written(root: Path, info: dict[str, int]) -> bool:
+    """Whether ``root`` holds the images of ``info``; an error if it holds anything else."""
+    if not root.exists():
+        return False
+    with suppress(OSError, ValueError, TypeError, KeyError):  # no stamp, or a damaged one
+        if all(
+            json.loads((root / f'{split}.json').read_text())['info'] == info
+            for split in ('train', 'val')
+        ):
+            return True
+    raise FileExistsError(
+        f'write_bundled_digits: {root} holds other files already, or damaged ones; remove it, '
+        'or choose another folder.'
+    )
 
 
 def _compose(

@@ -113,7 +113,13 @@ def _is_written(root: Path, stamp: dict) -> bool:
         raise FileExistsError(
             f'BundledPhotos: {root} holds other files already; set another `data_root`.'
         )
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise FileExistsError(
+            f'BundledPhotos: {path} cannot be read ({error}); remove {root}, which is written '
+            'again then, or set another `data_root`.'
+        ) from error
     differing = [
         f'{key}={found.get(key)} instead of {stamp[key]}'
         for key in stamp

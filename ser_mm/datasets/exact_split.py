@@ -110,11 +110,13 @@ def split_batches(
     images = batch_size_of(loader) * world_size
     wanted = round(split.equi_ratio * images)
     if images and wanted < 2:
+        more = f'the batch to {int(np.ceil(1.5 / split.equi_ratio)) + 1} images'
+        if images > 1:
+            more = f'equi_ratio to {2 / images:.2g} or more, or {more}'
         raise ValueError(
             f'EquivariantViewPipeline: equi_ratio={split.equi_ratio:g} of a global batch of '
             f'{images} images is {wanted} in b2, and the SER loss contrasts at least two; raise '
-            f'equi_ratio to {2 / images:.2g} or more, or the batch to '
-            f'{int(np.ceil(1.5 / split.equi_ratio)) + 1} images.'
+            f'{more}.'
         )
     loader.dataset.__getitems__ = split
     return split

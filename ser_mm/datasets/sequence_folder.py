@@ -1,3 +1,4 @@
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -13,7 +14,7 @@ VIDEOS = ('.mp4',)
 
 
 @DATASETS.register_module()
-@checked(**CUSTOM_DATASET)
+@checked(**CUSTOM_DATASET, data_root=str | os.PathLike)
 class SequenceFolder(CustomDataset):
     """Videos in class folders, each a sequence of frames with one label.
 

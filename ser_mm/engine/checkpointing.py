@@ -4,7 +4,9 @@ import logging
 import os
 import re
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, is_main_process
@@ -14,12 +16,28 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmpretrain.registry import HOOKS
 
+from ser_mm.arguments import Name, Natural, Rule, checked, filled
 from ser_mm.checkpoint import read_checkpoint
 
 _PART = '.part'
+_EVERY = Annotated[int, Rule('of at least 1, or -1', lambda x: x >= 1 or x == -1)]
+_NAMES = Name | Annotated[Sequence[Name], filled] | None
+_RULE = Literal['greater', 'less']
 
 
 @HOOKS.register_module()
+@checked(
+    interval=_EVERY,
+    out_dir=Name | os.PathLike | None,
+    max_keep_ckpts=_EVERY,
+    save_best=_NAMES,
+    rule=_RULE | Annotated[Sequence[_RULE], filled] | None,
+    greater_keys=Annotated[Sequence[Name], filled] | None,
+    less_keys=Annotated[Sequence[Name], filled] | None,
+    filename_tmpl=Annotated[str, Rule("with '{}' for the number", lambda x: '{}' in x)] | None,
+    published_keys=_NAMES,
+    save_begin=Natural,
+)
 class AtomicCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, which never has less than it is told to keep.
 
@@ -82,6 +100,51 @@ class AtomicCheckpointHook(CheckpointHook):
             for old in outdated:
                 Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
 
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """Write the best checkpoint beside too, and remove the one before only then."""
+        if not isinstance(self.file_backend, LocalBackend):
+            super()._save_best_checkpoint(runner, metrics)
+            return
+        save, backend = runner.save_checkpoint, self.file_backend
+        outdated = _Postponed()
+
+        def save_beside(out_dir: str, filename: str, **kwargs) -> None:
+            if filename.endswith(_PART):  # written by _save_checkpoint_with_step
+                save(out_dir, filename, **kwargs)
+                return
+            save(out_dir, filename + _PART, **kwargs)
+            if is_main_process():
+                path = os.path.join(out_dir, filename)
+                _rename_when_written(path + _PART, path)
+                outdated.remove_all(but=path)
+
+        self.file_backend = outdated
+        runner.save_checkpoint = save_beside
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+            del runner.save_checkpoint
+
+
+class _Postponed(LocalBackend):
+    """Files on this machine, removed when that is asked for again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: list[str] = []
+
+    def remove(self, filepath: str) -> None:
+        """Remember the file."""
+        self._files.append(filepath)
+
+    def remove_all(self, but: str) -> None:
+        """Remove the files."""
+        for file in self._files:
+            if os.path.abspath(file) != os.path.abspath(but):
+                Path(file).unlink(missing_ok=True)
+        self._files.clear()
+
 
 def _rename_when_written(part: str, path: str) -> None:
     """Give a file its name when its content is on the disk."""
@@ -107,6 +170,39 @@ def find_resumable(cfg: Config) -> str | None:
         ValueError: If there are checkpoints, and none can be read.
         pickle.UnpicklingError: If the newest holds more than data.
     """
+    reasons = []
+    for file in _newest_first(cfg):
+        try:
+            content = read_checkpoint(str(file))
+            missing = {'state_dict', 'meta'} - set(content)
+            if not missing:
+                return str(file)
+            reasons.append(f'{file} has no {", ".join(sorted(missing))}.')
+        except (ValueError, OSError) as error:
+            reasons.append(str(error))
+        print_log(f'Passed over: {reasons[-1]}', logger='current', level=logging.WARNING)
+    if reasons:
+        raise ValueError(
+            f'None of the {len(reasons)} checkpoints in {_place(cfg)[0]} can be resumed from: '
+            f'{reasons[0]} Remove them to start from the beginning, or name one with --resume FILE.'
+        )
+    return None
+
+
+def written_checkpoints(cfg: Config) -> dict[Path, int]:
+    """Checkpoints in a run's folder, which are not read.
+
+    Args:
+        cfg (Config): Config of the run, with ``work_dir``.
+
+    Returns:
+        dict[Path, int]: When they were written, in ns; first the one that is resumed from.
+    """
+    return {file: _written(file) for file in _newest_first(cfg)}
+
+
+def _newest_first(cfg: Config) -> list[Path]:
+    """Checkpoints of a run's folder, in the order of :func:`find_resumable`."""
     folder, template = _place(cfg)
     pattern = re.compile(re.escape(template).replace(re.escape('{}'), r'(\d+)'))
     found = [(pattern.fullmatch(file.name), file) for file in folder.glob('*')]
@@ -120,23 +216,7 @@ def find_resumable(cfg: Config) -> str | None:
         is_later = files[file] > files[named] and _written(file) >= _written(named)
         return 2 if is_later else 0, files[file]
 
-    reasons = []
-    for file in sorted(files, key=order, reverse=True):
-        try:
-            content = read_checkpoint(str(file))
-            missing = {'state_dict', 'meta'} - set(content)
-            if not missing:
-                return str(file)
-            reasons.append(f'{file} has no {", ".join(sorted(missing))}.')
-        except (ValueError, OSError) as error:
-            reasons.append(str(error))
-        print_log(f'Passed over: {reasons[-1]}', logger='current', level=logging.WARNING)
-    if reasons:
-        raise ValueError(
-            f'None of the {len(reasons)} checkpoints in {folder} can be resumed from: {reasons[0]} '
-            'Remove them to start from the beginning, or name one with --resume FILE.'
-        )
-    return None
+    return sorted(files, key=order, reverse=True)
 
 
 def _place(cfg: Config) -> tuple[Path, str]:
@@ -151,7 +231,10 @@ def _place(cfg: Config) -> tuple[Path, str]:
 
 
 def _written(file: Path) -> int:
-    return file.stat().st_mtime_ns
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:  # the oldest, removed meanwhile
+        return 0
 
 
 def resume_newest(cfg: Config) -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,16 +24,25 @@ def read_scalars(work_dir: str | Path) -> list[dict]:
     Returns:
         list[dict]: One record per logged iteration: ``step``, ``loss``, ``lr``, ``time``, ...
     """
-    records = {}
-    for file in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
-        for line in file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # the run was killed, or is just now writing the line
-                continue
-            if 'loss' in record:
-                records[record['step']] = record
+    records = {r['step']: r for r in read_records(work_dir) if 'loss' in r and 'step' in r}
     return [records[step] for step in sorted(records)]
+
+
+def read_records(work_dir: str | Path) -> list[dict]:
+    """All that MMEngine logged of a run, as it was written.
+
+    Args:
+        work_dir (str | Path): Folder of the run.
+
+    Returns:
+        list[dict]: One record per line that is whole.
+    """
+    records = []
+    for file in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        for line in file.read_text(errors='replace').splitlines():
+            with suppress(json.JSONDecodeError):  # the run was killed, or just now writes the line
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def tell_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

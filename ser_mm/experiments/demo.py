@@ -22,10 +22,11 @@ from ser_mm.engine.configs import CONFIG_ROOT
 from ser_mm.engine.logs import read_scalars
 from ser_mm.evaluation.backbone import build_backbone, build_model
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
-from ser_mm.evaluation.results import describe_seeds, format_mean, make_table, write_text
+from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.figures import evaluate
-from ser_mm.experiments.runs import check_settings, finished, train, training
+from ser_mm.experiments.runs import check_settings, finished, reserved, train, training
 from ser_mm.experiments.sweeps import load_base, points, run_config, ser_layer
+from ser_mm.files import write_text
 from ser_mm.views import ViewBatch
 from ser_mm.visualization import draw_losses, draw_token_maps, draw_views, restore_images
 
@@ -92,6 +93,7 @@ def run_demo(
         Path: Folder of the results.
 
     Raises:
+        BlockingIOError: If another process trains or evaluates one of the runs.
         RunError: If a run fails.
         ValueError: If a folder holds a run with other settings.
     """
@@ -99,33 +101,35 @@ def run_demo(
     results: dict[str, list[dict]] = {name: [] for name in ('untrained', *ARMS)}
     clock = _Clock()
     configs = {seed: demo_configs(algorithm, seed, work_dir, cfg_options) for seed in seeds}
-    for cfg in (cfg for arms in configs.values() for cfg in arms.values()):
+    runs = [cfg for arms in configs.values() for cfg in arms.values()]
+    for cfg in runs:
         check_settings(cfg)  # of all arms, before the first is trained
-    for seed, arms in configs.items():
-        layer = ser_layer(arms['SER'], arms['SER'])
-        val = DATASETS.build(arms['SER'].evaluation.val)
-        images = max(1, len(val) // STRIDE)
-        untrained = deepcopy(arms['baseline'])
-        untrained.work_dir = str(Path(untrained.work_dir).with_name('untrained'))
-        first = {arm: arms[arm] for arm in FIRST}
-        rest = {arm: cfg for arm, cfg in arms.items() if arm not in FIRST}
+    with reserved(runs):
+        for seed, arms in configs.items():
+            layer = ser_layer(arms['SER'], arms['SER'])
+            val = DATASETS.build(arms['SER'].evaluation.val)
+            images = max(1, len(val) // STRIDE)
+            untrained = deepcopy(arms['baseline'])
+            untrained.work_dir = str(Path(untrained.work_dir).with_name('untrained'))
+            first = {arm: arms[arm] for arm in FIRST}
+            rest = {arm: cfg for arm, cfg in arms.items() if arm not in FIRST}
 
-        print(f'seed {seed}: pretraining {" and ".join(first)}; logs are in {out}/seed{seed}')
-        train(first)
-        clock.stop('training')
-        with training(rest, beside=1) as started, _threads(1):  # it goes on meanwhile
-            _measure({'untrained': untrained, **first}, results, seed, layer, images)
-            clock.stop('evaluation')
+            print(f'seed {seed}: pretraining {" and ".join(first)}; logs are in {out}/seed{seed}')
+            train(first)
+            clock.stop('training')
+            with training(rest, beside=1) as started, _threads(1):  # it goes on meanwhile
+                _measure({'untrained': untrained, **first}, results, seed, layer, images)
+                clock.stop('evaluation')
+                if seed == seeds[0]:
+                    table = summarize({name: runs for name, runs in results.items() if runs})
+                    print(f'\nFirst table, of seed {seed} ({clock}):\n\n{table}\n')
+                print(f'seed {seed}: pretraining {" and ".join(rest)}', flush=True)
+                started.wait()
+            clock.stop('training')
+            _measure(rest, results, seed, layer, images)
             if seed == seeds[0]:
-                table = summarize({name: runs for name, runs in results.items() if runs})
-                print(f'\nFirst table, of seed {seed} ({clock}):\n\n{table}\n')
-            print(f'seed {seed}: pretraining {" and ".join(rest)}', flush=True)
-            started.wait()
-        clock.stop('training')
-        _measure(rest, results, seed, layer, images)
-        if seed == seeds[0]:
-            draw(out, arms, layer, images)
-        clock.stop('evaluation')
+                draw(out, arms, layer, images)
+            clock.stop('evaluation')
 
     cores = len(os.sched_getaffinity(0))
     notes = [

@@ -13,10 +13,12 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from ser_mm.datasets import write_bundled_digits
+from ser_mm.engine.logs import read_records
 from ser_mm.engine.operators import require_operators
-from ser_mm.evaluation.results import describe_seeds, format_mean, make_table, write_text
+from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.demo import ARMS, CONFIGS
-from ser_mm.experiments.runs import finished, train
+from ser_mm.experiments.runs import check_settings, finished, reserved, train
+from ser_mm.files import write_text
 from ser_mm.visualization import draw_detections
 
 METRICS = {'coco/bbox_mAP': 'box mAP', 'coco/bbox_mAP_50': 'box AP50', 'coco/segm_mAP': 'mask mAP'}
@@ -82,10 +84,8 @@ def detector_config(
 
 def read_metrics(cfg: Config) -> dict[str, float]:
     """The metrics of the last validation of a run, a value for each of :data:`METRICS`."""
-    files = sorted(Path(cfg.work_dir).glob('*/vis_data/scalars.json'))
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     # MMDetection reports no metric when a detector finds nothing.
-    found = [record for record in records if 'coco/bbox_mAP' in record] or [{}]
+    found = [r for r in read_records(cfg.work_dir) if 'coco/bbox_mAP' in r] or [{}]
     return {key: found[-1].get(key, 0.0) for key in METRICS}
 
 
@@ -158,6 +158,7 @@ def run_detection(
         Path: Folder of the results, ``table.md``, ``results.json`` and ``detections.png``.
 
     Raises:
+        BlockingIOError: If another process trains one of the detectors.
         FileNotFoundError: If a run of the demo is missing.
         ImportError: If MMDetection cannot run: see :func:`require_operators`.
         RunError: If a run fails.
@@ -173,20 +174,29 @@ def run_detection(
     data, out = work_dir / 'data', work_dir / algorithm
     write_bundled_digits(data)
     results = {name: [] for name in ('random', *ARMS)}
-    for seed, found in backbones.items():
-        found = {'random': dict(found['baseline'], init_cfg=None), **found}
-        arms = {
+    configs = {
+        seed: {
             arm: detector_config(
                 backbone, data, out / f'seed{seed}' / arm.replace(' ', '_'), seed, cfg_options
             )
-            for arm, backbone in found.items()
+            for arm, backbone in {
+                'random': dict(found['baseline'], init_cfg=None),
+                **found,
+            }.items()
         }
-        print(f'seed {seed}: detectors on {", ".join(arms)}; logs are in {out}/seed{seed}')
-        train(arms)
-        for arm, cfg in arms.items():
-            results[arm].append(read_metrics(cfg))
-        if seed == seeds[0]:
-            draw(out / 'detections.png', arms)
+        for seed, found in backbones.items()
+    }
+    runs = [cfg for arms in configs.values() for cfg in arms.values()]
+    for cfg in runs:
+        check_settings(cfg)  # of all, before the first is trained
+    with reserved(runs):
+        for seed, arms in configs.items():
+            print(f'seed {seed}: detectors on {", ".join(arms)}; logs are in {out}/seed{seed}')
+            train(arms)
+            for arm, cfg in arms.items():
+                results[arm].append(read_metrics(cfg))
+            if seed == seeds[0]:
+                draw(out / 'detections.png', arms)
 
     train_images, val_images = (
         len(json.loads((data / f'{split}.json').read_text())['images'])

@@ -10,12 +10,12 @@ from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
 from ser_mm.evaluation.backbone import token_maps_of
-from ser_mm.evaluation.data import spaced_images
+from ser_mm.evaluation.data import build_loader, spaced_images
 from ser_mm.evaluation.equivariance import equivariance_by_layer
-from ser_mm.evaluation.features import CachedFeatures
+from ser_mm.evaluation.features import CachedFeatures, stamp_images
 from ser_mm.evaluation.knn import knn_probe
 from ser_mm.evaluation.linear import choose_solver, linear_probe
-from ser_mm.evaluation.results import write_text
+from ser_mm.files import read_kept, write_text
 
 TRANSFORMATIONS = ('rot90', 'flip_lr', 'scale', 'mixture')
 
@@ -26,8 +26,12 @@ def evaluate(
     images: int = 450,
     num_workers: int = 0,
     solver: str | None = None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Figures of a network, kept as JSON beside the folder of its run.
+
+    They are measured again when the checkpoint, the settings or the images are others, or when
+    the file cannot be read.
 
     Args:
         cfg (Config): Config of the run, with ``work_dir``, ``randomness`` and ``evaluation``.
@@ -37,19 +41,20 @@ def evaluate(
         solver (str, optional): Of the linear probe, see
             :func:`~ser_mm.evaluation.linear.linear_probe`. Defaults to None: what
             :func:`~ser_mm.evaluation.linear.choose_solver` says.
+        data (str, optional): What :func:`stamp_data` returned, if it is known. Defaults to None.
 
     Returns:
         dict[str, Any]: Accuracies ``probe`` and ``knn``, and ``layers``, the scores of all blocks
         by transformation, see :func:`~ser_mm.evaluation.equivariance.equivariance_by_layer`.
     """
     file = Path(f'{cfg.work_dir}.json')
-    about = _about(cfg, checkpoint, images, solver)
-    if file.exists():
-        kept = json.loads(file.read_text())
-        if kept.pop('about') == about:
-            return kept
-    set_random_seed(cfg.randomness.seed)  # of the untrained network
     cache = Path(f'{cfg.work_dir}.features')  # for an interruption: those of ImageNet take long
+    about = _about(cfg, checkpoint, images, solver) | dict(data=data or stamp_data(cfg))
+    kept = read_kept(file, read_figures)
+    if kept and kept.pop('about') == about:
+        shutil.rmtree(cache, ignore_errors=True)  # of one that was killed at its end
+        return kept
+    set_random_seed(cfg.randomness.seed)  # of the untrained network
     source = CachedFeatures(cfg, checkpoint, cache, num_workers=num_workers)
     train, train_labels = source.load('train')
     val, val_labels = source.load('val')
@@ -64,8 +69,45 @@ def evaluate(
         layers=layers,
     )
     write_text(file, json.dumps(dict(found, about=about), indent=1))
-    shutil.rmtree(cache)
+    shutil.rmtree(cache, ignore_errors=True)
     return found
+
+
+def stamp_data(cfg: Config) -> str:
+    """A digest of the images that figures are measured on: paths, labels, sizes, times of change.
+
+    Args:
+        cfg (Config): Config of a run, with ``evaluation``.
+    """
+    digest = hashlib.sha256()
+    for split in ('train', 'val'):
+        _, loader = build_loader(cfg, split)
+        digest.update('\n'.join([split, *stamp_images(loader.dataset)]).encode())
+    return digest.hexdigest()
+
+
+def read_figures(file: Path) -> dict[str, Any]:
+    """Read figures that :func:`evaluate` has kept.
+
+    Args:
+        file (Path): Their file.
+
+    Returns:
+        dict[str, Any]: The figures, and ``about``, what they depend on.
+
+    Raises:
+        Exception: Of any type, if the file holds anything else.
+    """
+    kept = json.loads(file.read_text())
+    whole = isinstance(kept['about'], dict) and all(
+        isinstance(layer[key], float | int)
+        for moves in TRANSFORMATIONS
+        for layer in (kept['layers'][moves] or [{}])
+        for key in ('r2', 'retrieval')
+    )
+    if not whole or not all(isinstance(kept[key], float | int) for key in ('probe', 'knn')):
+        raise ValueError('it holds no figures')
+    return kept
 
 
 def _about(cfg: Config, checkpoint: str | None, images: int, solver: str | None) -> dict[str, Any]:
@@ -73,10 +115,11 @@ def _about(cfg: Config, checkpoint: str | None, images: int, solver: str | None)
     if checkpoint:
         content = Path(checkpoint).read_bytes()
     else:
-        content = repr((cfg.model, cfg.randomness)).encode()
+        content = repr(cfg.randomness).encode()
+    settings = repr((cfg.evaluation, cfg.model, cfg.get('data_preprocessor')))
     about = dict(
         checkpoint=hashlib.sha256(content).hexdigest(),
-        evaluation=hashlib.sha256(repr(cfg.evaluation).encode()).hexdigest(),
+        settings=hashlib.sha256(settings.encode()).hexdigest(),
         images=images,
     )
     return about | (dict(solver=solver) if solver else {})

@@ -1,25 +1,32 @@
 """Training runs as processes of ``ser-mm train``: several at a time, resumed and watched."""
 
+import ctypes
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 
 from ser_mm.engine.logs import SECONDS, read_scalars
-from ser_mm.evaluation.results import write_text
+from ser_mm.files import locked, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package, a checkout or where packages are installed."""
+
+_PR_SET_PDEATHSIG = 1
+# Seconds that runs have to end; torchrun gives its processes 30.
+_PATIENCE = 60
 
 
 class RunError(RuntimeError):
@@ -31,12 +38,16 @@ def finished(cfg: Config) -> str | None:
 
     Args:
         cfg (Config): Config of the run, with ``work_dir``.
+
+    Returns:
+        str | None: None also if the checkpoint is not there any more, or cut off.
     """
     # MMEngine writes this file when the checkpoint that it names is complete.
     pointer = Path(cfg.work_dir, 'last_checkpoint')
     final = Path(cfg.work_dir, f'epoch_{cfg.train_cfg.max_epochs}.pth')
-    done = pointer.exists() and Path(pointer.read_text()).name == final.name
-    return str(final) if done else None
+    named = pointer.read_text(errors='replace') if pointer.is_file() else ''
+    # A checkpoint is a zip file, and these end with their table of contents.
+    return str(final) if Path(named).name == final.name and zipfile.is_zipfile(final) else None
 
 
 def check_settings(cfg: Config) -> None:
@@ -46,14 +57,44 @@ def check_settings(cfg: Config) -> None:
         cfg (Config): Config of the run, with ``work_dir``.
 
     Raises:
-        ValueError: If the folder holds a run with other settings.
+        ValueError: If the folder holds a run with other settings, or one whose settings cannot be
+            read.
     """
     config = Path(f'{cfg.work_dir}.py')
-    if config.exists() and _settings(config.read_text()) != _settings(cfg.pretty_text):
+    if not config.exists():
+        return
+    try:
+        kept = _settings(config.read_text())
+    except Exception as error:  # it is Python
+        raise ValueError(
+            f'{config}, the settings of the run in {cfg.work_dir}, cannot be read '
+            f'({type(error).__name__}: {error}); remove this file if they are the same as now, '
+            'or else choose another --work-dir.'
+        ) from error
+    if kept != _settings(cfg.pretty_text):
         raise ValueError(
             f'{cfg.work_dir} holds a run with other settings ({config}); remove it or choose '
             'another --work-dir.'
         )
+
+
+@contextmanager
+def reserved(runs: Iterable[Config]) -> Iterator[dict[str, int]]:
+    """Keep other processes from the folders of runs, see :func:`~ser_mm.files.locked`.
+
+    Args:
+        runs (Iterable[Config]): Configs with ``work_dir``.
+
+    Yields:
+        dict[str, int]: Descriptors of the locks, by folder.
+
+    Raises:
+        BlockingIOError: If another process trains or evaluates one of them.
+    """
+    with ExitStack() as locks:
+        # In one order, so that of two that start at the same time one gets all.
+        folders = sorted({cfg.work_dir for cfg in runs})
+        yield {x: locks.enter_context(locked(f'{x}.lock', x)) for x in folders}
 
 
 def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None = None) -> None:
@@ -65,6 +106,7 @@ def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None 
         gpus (int, optional): See :func:`training`. Defaults to None.
 
     Raises:
+        BlockingIOError: See :func:`training`.
         KeyboardInterrupt: Also on SIGTERM, when the runs have ended.
         RunError: If a run fails, with the end of its log.
         ValueError: If a run is refused, see :func:`training`.
@@ -84,7 +126,7 @@ def training(
 
     The config of a run is written beside its work dir, with the suffix ``.py``, and its output
     with ``.log``. Runs at the same time share the cores. GPUs are dealt out to them in turn. Runs
-    that are not waited for end with the context.
+    that are not waited for end with the context, and with this process, however it ends.
 
     Args:
         runs (Mapping[str, Config]): Configs with ``work_dir`` and ``train_cfg.max_epochs``, by the
@@ -99,28 +141,35 @@ def training(
         Training: The runs. Those for which there was room have started.
 
     Raises:
+        BlockingIOError: If another process trains or evaluates one of the runs.
         KeyboardInterrupt: Also on SIGTERM, when the runs have ended.
         ValueError: If a folder holds a run with other settings, or if there are not enough GPUs.
             Nothing is written or trained then.
     """
     for cfg in runs.values():
         check_settings(cfg)
-    waiting = {name: cfg for name, cfg in runs.items() if not finished(cfg)}
-    jobs = min(jobs or len(waiting), len(waiting))
-    slots = [_environment(slot, jobs, gpus, beside) for slot in range(jobs)]
-    for cfg in runs.values():  # nothing is written if a run is refused
-        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-        write_text(Path(f'{cfg.work_dir}.py'), cfg.pretty_text)
+    with reserved(runs.values()) as locks:
+        waiting = {name: cfg for name, cfg in runs.items() if not finished(cfg)}
+        jobs = min(jobs or len(waiting), len(waiting))
+        slots = [_environment(slot, jobs, gpus, beside) for slot in range(jobs)]
+        for cfg in runs.values():  # nothing is written if a run is refused
+            Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+            write_text(f'{cfg.work_dir}.py', cfg.pretty_text)
 
-    started = Training(waiting, slots, gpus)
-    # What ends this process, as a scheduler does, is to end the runs too.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        started.fill_slots()
-        yield started
-    finally:
-        started.end()
-        signal.signal(signal.SIGTERM, before)
+        started = Training(waiting, slots, gpus, locks)
+        # What ends this process, as a scheduler does, is to end the runs too. Only the main thread
+        # may ask for that, and only it may start runs: they would end with another thread.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: x for number, x in handlers.items() if x not in (None, signal.SIG_IGN)}
+        try:
+            for number in before:
+                signal.signal(number, started.interrupt)
+            started.fill_slots()
+            yield started
+        finally:
+            started.end()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Training:
@@ -130,15 +179,21 @@ class Training:
         runs (Mapping[str, Config]): Configs of the runs, by the name to show.
         slots (list[dict[str, str]]): Environment variables of the runs at one time.
         gpus (int, optional): GPUs of each run.
+        locks (Mapping[str, int]): What :func:`reserved` yields, for each run to hold its own.
     """
 
     def __init__(
-        self, runs: Mapping[str, Config], slots: list[dict[str, str]], gpus: int | None
+        self,
+        runs: Mapping[str, Config],
+        slots: list[dict[str, str]],
+        gpus: int | None,
+        locks: Mapping[str, int],
     ) -> None:
-        self._runs, self._slots, self._gpus = runs, slots, gpus
+        self._runs, self._slots, self._gpus, self._locks = runs, slots, gpus, locks
         self._progress = _Progress(runs, gpus or 1) if runs else None
         self._processes: dict[str, subprocess.Popen] = {}
         self._used: dict[int, subprocess.Popen] = {}
+        self._is_starting = self._is_interrupted = False
 
     def fill_slots(self) -> None:
         """Start runs that wait, if there is room and none has failed."""
@@ -151,13 +206,54 @@ class Training:
             name = next(waiting, None)
             if name is None:
                 return
-            with open(f'{self._runs[name].work_dir}.log', 'w') as log:
-                self._used[slot] = self._processes[name] = subprocess.Popen(
-                    _command(self._runs[name], self._gpus, variables),
-                    env={**os.environ, **variables},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
+            self._is_starting = True
+            try:
+                self._used[slot] = self._processes[name] = self._start(name, variables)
+            finally:
+                self._is_starting = False
+            self._heed_interruption()
+
+    def interrupt(self, *_: Any) -> None:
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: But for the time that a run takes to start: the error would be lost
+                in what Python calls when it forks.
+        """
+        self._is_interrupted = True
+        if not self._is_starting:
+            raise KeyboardInterrupt
+
+    def _heed_interruption(self) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
+    def _start(self, name: str, variables: Mapping[str, str]) -> subprocess.Popen:
+        work_dir = self._runs[name].work_dir
+        prctl = getattr(ctypes.CDLL(None), 'prctl', None)  # found before the process forks
+        parent = os.getpid()
+
+        def prepare() -> None:
+            """Let Linux send the new process SIGTERM when this one ends, killed or not.
+
+            By SIGTERM torchrun ends its own processes. Those that read images end by themselves
+            within seconds when they find that they are alone.
+            """
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if prctl:
+                prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it has ended meanwhile
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with open(f'{work_dir}.log', 'w') as log:
+            return subprocess.Popen(
+                _command(self._runs[name], self._gpus, variables),
+                env={**os.environ, **variables},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self._locks[work_dir]],
+                preexec_fn=prepare,
+            )
 
     def wait(self) -> None:
         """Wait for the end of all runs, and print how far they are.
@@ -166,6 +262,7 @@ class Training:
             RunError: If a run fails, with the end of its log.
         """
         while True:
+            self._heed_interruption()
             self.fill_slots()
             statuses = {name: process.poll() for name, process in self._processes.items()}
             for name, status in statuses.items():
@@ -182,14 +279,19 @@ class Training:
         """Stop the runs that have not ended."""
         for process in self._processes.values():
             process.terminate()
+        deadline = time.monotonic() + _PATIENCE
         for process in self._processes.values():
-            process.wait()
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _describe(name: str, cfg: Config, status: int) -> str:
     """What is told of a run that failed."""
     log = Path(f'{cfg.work_dir}.log')
-    tail = '\n'.join(log.read_text().splitlines()[-15:])
+    tail = '\n'.join(log.read_text(errors='replace').splitlines()[-15:])
     return f'{name} failed with exit status {status}; its log is {log} and ends so:\n{tail}'
 
 

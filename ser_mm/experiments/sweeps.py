@@ -21,8 +21,8 @@ from ser_mm.evaluation.results import (
     mean_and_deviation,
     write_results,
 )
-from ser_mm.experiments.figures import TRANSFORMATIONS, at_layer, evaluate
-from ser_mm.experiments.runs import finished, train
+from ser_mm.experiments.figures import TRANSFORMATIONS, at_layer, evaluate, stamp_data
+from ser_mm.experiments.runs import check_settings, finished, reserved, train
 from ser_mm.visualization import draw_curves
 
 SWEEPS = ('layer', 'cls', 'equi_ratio', 'temperature', 'loss_weight', 'gradient')
@@ -262,6 +262,7 @@ def run_sweeps(
         Path: Folder of the results, ``SWEEP.json``, ``.md``, ``.png`` and ``SWEEP_blocks.png``.
 
     Raises:
+        BlockingIOError: If another process trains or evaluates one of the runs.
         FileNotFoundError: If data to evaluate on is missing.
         RunError: If a run fails.
         ValueError: If the config or a run is refused.
@@ -286,21 +287,27 @@ def run_sweeps(
     for own in {str(own.get('evaluation')): own for own in runs.values()}.values():
         check_evaluation(own)  # before days of training
     out = work_dir / config.stem.removeprefix('ser_')
-    todo = sum(not finished(own) for own in runs.values())
-    print(f'{len(runs)} runs, {todo} to train; logs are in {out}', flush=True)
-    train(runs, jobs, gpus)
+    for own in runs.values():
+        check_settings(own)
+    with reserved(runs.values()):
+        todo = sum(not finished(own) for own in runs.values())
+        print(f'{len(runs)} runs, {todo} to train; logs are in {out}', flush=True)
+        train(runs, jobs, gpus)
+        # Once for all runs: a data set may have a million files.
+        different = {str(own.evaluation): own for own in runs.values()}
+        data = {key: stamp_data(own) for key, own in different.items()}
 
-    for sweep, settings in plan.items():
-        results = {}
-        for value, by_seed in settings.items():
-            print(f'evaluating {sweep} {value}', flush=True)
-            results[value] = [
-                at_layer(
-                    evaluate(own, finished(own), images, num_workers, solver), ser_layer(cfg, own)
-                )
-                for own in by_seed.values()
-            ]
-        text = report_sweep(out, sweep, results, list(seeds))
-        write_results(out, sweep, dict(seeds=list(seeds), results=results), text)
+        def measure(own: Config) -> dict[str, Any]:
+            known = data[str(own.evaluation)]
+            found = evaluate(own, finished(own), images, num_workers, solver, known)
+            return at_layer(found, ser_layer(cfg, own))
+
+        for sweep, settings in plan.items():
+            results = {}
+            for value, by_seed in settings.items():
+                print(f'evaluating {sweep} {value}', flush=True)
+                results[value] = [measure(own) for own in by_seed.values()]
+            text = report_sweep(out, sweep, results, list(seeds))
+            write_results(out, sweep, dict(seeds=list(seeds), results=results), text)
     print(f'Figures are beside them ({time.monotonic() - start:.0f} s).')
     return out

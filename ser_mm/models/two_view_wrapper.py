@@ -123,9 +123,14 @@ class TwoViewWrapper(BaseModel):
         try:
             reported = self.algorithm.loss(watched, data_samples)
         except ValueError as error:
-            if len(inputs[0]) == 1 and 'more than 1 value per channel' in str(error):
-                raise _one_image(type(self).__name__) from error
-            raise
+            if 'more than 1 value per channel' not in str(error):
+                raise
+            raise ValueError(
+                f'{type(self).__name__}: a batch of {len(inputs[0].base)} images in b1 and '
+                f'{len(inputs[0].equi)} in b2 has no variance for BatchNorm; raise '
+                'train_dataloader.batch_size, and where only the last batch of an epoch is so '
+                'small, set train_dataloader.drop_last=True.'
+            ) from error
         if unseen:
             raise ValueError(
                 f'{type(self).__name__}: views={len(inputs)} reach algorithm='
@@ -222,14 +227,6 @@ def _not_splitting(owner: str, kind: type) -> ValueError:
     return ValueError(
         f'{owner}: data_preprocessor.type={kind.__name__} does not split views into b1 and '
         "b2; use type='SERDataPreprocessor', or leave it out."
-    )
-
-
-def _one_image(owner: str) -> ValueError:
-    return ValueError(
-        f'{owner}: a batch of 1 image has no variance for BatchNorm; raise '
-        'train_dataloader.batch_size to 2 or more, and where only the last batch of an epoch is so '
-        'small, set train_dataloader.drop_last=True.'
     )
 
 

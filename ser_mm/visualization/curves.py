@@ -4,6 +4,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ser_mm.visualization._saving import save_figure
+
 Curve = Sequence[tuple[float | str, float, float]]
 """The points of a curve, each with a place, a height and half an error bar (0 for none)."""
 
@@ -46,4 +48,4 @@ def draw_curves(
         figure.legend(
             [*handles.values()], [*handles], loc='outside lower center', ncols=len(handles)
         )
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

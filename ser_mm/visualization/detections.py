@@ -5,6 +5,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ser_mm.visualization._saving import save_figure
+
 
 def draw_detections(
     images: Sequence[np.ndarray],
@@ -36,4 +38,4 @@ def draw_detections(
                 )
                 panel.contourf(mask, levels=[0.5, 1], colors=[colour], alpha=0.4)
                 panel.text(x1, y1 - 2, classes[label], color=colour, fontsize=9, weight='bold')
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

@@ -3,6 +3,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ser_mm.visualization._saving import save_figure
+
 
 def draw_losses(
     runs: Mapping[str, Sequence[Mapping[str, float]]],
@@ -33,4 +35,4 @@ def draw_losses(
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

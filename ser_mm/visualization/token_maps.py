@@ -7,6 +7,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ser_mm import geometry
+from ser_mm.visualization._saving import save_figure
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def draw_token_maps(
             panel.imshow(picture)
             panel.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def _colours(maps: list[Tensor]) -> list[Tensor]:

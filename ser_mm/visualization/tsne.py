@@ -5,6 +5,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from ser_mm.visualization._saving import save_figure
+
 
 def draw_tsne(
     panels: Sequence[Sequence[tuple[str, np.ndarray, np.ndarray]]],
@@ -33,4 +35,4 @@ def draw_tsne(
             axis.set(title=title, xticks=[], yticks=[])
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc='outside right upper', fontsize='small', markerscale=3)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ser_mm.geometry import ELEMENT_NAMES
 from ser_mm.views import ViewBatch
+from ser_mm.visualization._saving import save_figure
 
 
 def restore_images(images: Tensor, preprocessor: BaseDataPreprocessor) -> Tensor:
@@ -65,4 +66,4 @@ def draw_views(
                     height, width = image.shape[:2]
                     title = f'{ELEMENT_NAMES[view.elements[column]]}, {height} x {width}'
                 panel.set_title(title, fontsize=8)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

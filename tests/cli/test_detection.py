@@ -1,7 +1,9 @@
 """Detectors on pretrained backbones, by ser-mm train and test, and by MMDetection's own tools."""
 
+import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS as DETECTORS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from PIL import Image
 
+from ser_mm.cli.test import merge_args, parse_args
 from ser_mm.datasets import write_bundled_digits
 from ser_mm.evaluation.backbone import build_model
 from ser_mm.views import ViewBatch
@@ -65,14 +70,40 @@ def dump(cfg, folder):
     [
         ('train_dataloader.dataset.ann_file=none.json', "ann_file = 'none.json'"),
         ('model.roi_head.bbox_head.num_classes=11', 'bbox_head.num_classes = 11'),
+        ('train_dataloader.dataset.metainfo.classes=cat', "classes = 'cat' is neither a file"),
+        ('model.backbone.init_cfg.checkpoint=none.pth', "init_cfg.checkpoint = 'none.pth'"),
     ],
 )
 def test_train_tells_bad_data_in_one_line(digits, tmp_path, option, message):
     cfg = with_classes(load('faster-rcnn_vits16', **on_digits(digits)), 10)
+    cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / 'start.pth')
+    (tmp_path / 'start.pth').touch()
     args = [dump(cfg, tmp_path), '--work-dir', tmp_path / 'run', '--cfg-options', option]
     sentence = run_command('train', *args)
     assert sentence.startswith('error: ') and message in sentence and '\n' not in sentence
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'refused'),
+    [
+        ('mask-rcnn_vits16', [], True),
+        ('retinanet_r50', [], False),
+        ('faster-rcnn_vits16', [], False),
+        ('faster-rcnn_vits16', ['test_evaluator.metric=[bbox,segm]'], True),
+        ('mask-rcnn_vits16', ['tta_model.type=MergeMasksToo'], False),
+    ],
+)
+def test_flips_of_masks_cannot_be_merged(name, options, refused):
+    arguments = [f'coco/{name}', 'none.pth', '--tta']
+    args = parse_args([*arguments, '--cfg-options', *options] if options else arguments)
+    cfg = load(name)
+    if not refused:
+        merge_args(cfg, args)
+        assert cfg.model.module.type == load(name).model.type
+        return
+    with pytest.raises(ValueError, match=f'^--tta: .*DetTTAModel merges boxes, and coco/{name}'):
+        merge_args(cfg, args)
 
 
 @pytest.fixture(scope='module')
@@ -158,19 +189,97 @@ def test_distributed_tools_run_a_detector(digits, tmp_path):
         'dist_train.sh': [config, 2],
         'dist_test.sh': [config, tmp_path / 'run' / 'epoch_1.pth', 2],
     }.items():
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = str(probe.getsockname()[1])
-        out = subprocess.run(
-            ['bash', f'tools/{script}', *map(str, arguments), '--work-dir', str(tmp_path / 'run')],
-            cwd=ROOT,
-            text=True,
-            stdout=-1,
-            stderr=-2,
-            env={'VIRTUAL_ENV': sys.prefix, **os.environ, 'PORT': port, 'PATH': PATH},
-        )
+        arguments = shlex.join(map(str, [*arguments, '--work-dir', tmp_path / 'run']))
+        out = in_shell(f'bash tools/{script} {arguments}', ROOT)
         assert out.returncode == 0, out.stdout[-3000:]
         assert 'coco/bbox_mAP' in out.stdout
     weights = torch.load(tmp_path / 'run' / 'epoch_1.pth', weights_only=False)['state_dict']
     start = backbone_weights(tmp_path / 'start.pth')
     assert all(torch.equal(weights[f'backbone.{key}'], value) for key, value in start.items())
+
+
+def documented_chain():
+    """The commands of docs/howto/detection.md, from images to mAP."""
+    text = (ROOT / 'docs' / 'howto' / 'detection.md').read_text()
+    block = re.search(r'From images to mAP:\n\n```bash\n(.*?)```', text, re.DOTALL)[1]
+    return block.replace('\\\n', ' ').splitlines()
+
+
+# What makes them quick: two steps of each training, small images.
+QUICK = {
+    'configs/ser_mocov3_vits16.py': [
+        'train_cfg.max_epochs=1',
+        'train_dataloader.batch_size=4',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.dataset.pipeline.1.equi_ratio=0.5',
+    ],
+    'configs/coco/mask-rcnn_vits16.py': [
+        'train_cfg.max_epochs=1',
+        *(f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')),
+        'train_dataloader.dataset.pipeline.3.scale=(96,96)',
+        *(f'{split}_dataloader.dataset.pipeline.2.scale=(96,96)' for split in ('val', 'test')),
+        'model.test_cfg.rcnn.score_thr=0.0',
+    ],
+}
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A COCO data set of JPEGs in COCO's layout, with an EXIF orientation, and its categories."""
+    write_bundled_digits(tmp_path / 'digits', num_train=4, num_val=2, size=96)
+    root = tmp_path / 'coco'
+    (root / 'annotations').mkdir(parents=True)
+    exif = Image.Exif()
+    exif[274] = 6
+    for split in ('train', 'val'):
+        folder = root / f'{split}2017'
+        folder.mkdir()
+        content = json.loads((tmp_path / 'digits' / f'{split}.json').read_text())
+        for image in content['images']:
+            file = tmp_path / 'digits' / split / image['file_name']
+            image['file_name'] = f'{file.stem}.jpg'
+            Image.open(file).convert('RGB').save(folder / image['file_name'], exif=exif)
+        classes = CocoDataset.METAINFO['classes']
+        content['categories'] = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]
+        file = root / 'annotations' / f'instances_{split}2017.json'
+        file.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.slow
+def test_from_images_to_map_by_the_documented_commands(imagenet_tree, photographs, tmp_path):
+    places = {
+        '/path/to/imagenet': str(imagenet_tree),
+        '/path/to/coco': str(photographs),
+        'tools/': f'{ROOT}/tools/',
+        'epoch_100.pth': 'epoch_1.pth',
+        'epoch_12.pth': 'epoch_1.pth',
+        '.py 8': '.py 2',
+        '.pth 8': '.pth 2',
+    }
+    for line in documented_chain():
+        config = next((name for name in QUICK if name in line), None)
+        for documented, here in places.items():
+            line = line.replace(documented, here)
+        if config:
+            options = '' if '--cfg-options' in line else ' --cfg-options'
+            line += f'{options} {" ".join(map(shlex.quote, QUICK[config]))}'
+        out = in_shell(line, tmp_path)
+        assert out.returncode == 0, out.stdout[-3000:]
+    # pycocotools prints its table, and MMDetection logs it.
+    assert re.search(r'Average Precision  \(AP\) @\[ IoU=0.50:0.95 .*\] = [\d.-]+', out.stdout)
+    assert all(f'coco/{kind}_mAP' in out.stdout for kind in ('bbox', 'segm'))
+    start, end = (
+        torch.load(tmp_path / 'work_dirs' / name / 'epoch_1.pth', weights_only=False)['state_dict']
+        for name in ('ser_mocov3_vits16', 'mask-rcnn_vits16')
+    )
+    backbone = [key for key in end if key.startswith('backbone.')]
+    assert backbone and all(torch.equal(start[key], end[key]) for key in backbone)
+
+
+def in_shell(line, cwd):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    env = {'VIRTUAL_ENV': sys.prefix, **os.environ, 'PORT': port, 'PATH': PATH}
+    return subprocess.run(['bash', '-c', line], cwd=cwd, text=True, stdout=-1, stderr=-2, env=env)

@@ -98,6 +98,18 @@ def test_the_global_count_is_dealt_over_the_ranks_to_within_one(world_size, equi
         assert max(own) - min(own) <= 1
 
 
+def test_one_image_per_rank(folder):
+    in_b2 = []
+    for rank in range(4):
+        batches = loader(dataset(folder, 0.5), batch_size=1)
+        split_batches(batches, rank=rank, world_size=4)
+        preprocessor = MODELS.build(ALGORITHMS['mocov3']['data_preprocessor'])
+        (views, *_) = (preprocessor(batch, training=True)['inputs'] for batch in batches)
+        assert [len(view) for view in views] == [1, 1]
+        in_b2.append(len(views[0].equi))
+    assert in_b2 == [1, 1, 0, 0]
+
+
 def test_a_last_smaller_batch_has_two_at_least():
     transform = type('Pipeline', (), dict(equi_ratio=0.01))
     split = ExactSplit(None, [transform])
@@ -150,6 +162,7 @@ def test_without_b2_nothing_is_changed(folder):
             'equi_ratio=0.01 of a global batch of 64 images is 1 in b2, .* 0.031 or more',
         ),
         (0.001, 64, 4, 'global batch of 256 images is 0 in b2, .* or the batch to 1501 images'),
+        (0.5, 1, 1, 'global batch of 1 images is 0 in b2, .* raise the batch to 4 images'),
     ],
 )
 def test_fewer_than_two_are_refused(folder, equi_ratio, batch_size, world_size, message):
@@ -159,6 +172,7 @@ def test_fewer_than_two_are_refused(folder, equi_ratio, batch_size, world_size, 
     # The advice works.
     split_batches(loader(dataset(folder, 0.031), 64))
     split_batches(loader(dataset(folder, 0.01), 151))
+    split_batches(loader(dataset(folder, 0.5), 4))
 
 
 def test_different_ratios_are_refused(folder):

@@ -1,5 +1,6 @@
 """Checkpoints survive kills at any moment, and the newest that can be read is found."""
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -235,6 +236,49 @@ def test_the_best_checkpoint_of_a_copied_folder_is_its_own(imagenet_tree, tmp_pa
             getattr(hook, 'best_ckpt_path', None),
             getattr(hook, 'best_ckpt_path_dict', {}).get('acc'),
         )
+
+
+@pytest.mark.parametrize('save_best', ['acc', ['acc', 'loss']])
+def test_the_best_checkpoint_so_far_is_there_until_the_better_one_is(
+    save_best, imagenet_tree, tmp_path, monkeypatch
+):
+    runner, _ = short_run.run(
+        ALGORITHMS['simsiam'],
+        short_run.equivariant_views(0.5),
+        imagenet_tree,
+        tmp_path / 'run',
+        epochs=1,
+    )
+    hook = AtomicCheckpointHook(save_best=save_best, rule='greater')
+    hook.before_train(runner)
+
+    def bests():
+        return sorted(file.name for file in (tmp_path / 'run').glob('best_acc*.pth*'))
+
+    def epoch(number, acc):
+        runner.train_loop._epoch = number
+        hook.after_val_epoch(runner, dict(acc=acc, loss=0.0))
+
+    epoch(1, 0.1)
+    assert bests() == ['best_acc_epoch_1.pth']
+    kept, save = copy.deepcopy(runner.message_hub.runtime_info), torch.save
+
+    def full_disk(content, file, *args, **kwargs):
+        save(content, file, *args, **kwargs)
+        raise OSError('No space left on device')
+
+    with monkeypatch.context() as disk:
+        disk.setattr(torch, 'save', full_disk)
+        with pytest.raises(OSError, match='No space'):
+            epoch(2, 0.2)
+    assert bests()[0] == 'best_acc_epoch_1.pth' and 'best_acc_epoch_2.pth' not in bests()
+    runner.message_hub.runtime_info.update(kept)  # as a run that is resumed has it
+    hook.before_train(runner)
+    epoch(3, 0.3)
+    assert bests() == ['best_acc_epoch_3.pth']
+    epoch(3, 0.4)  # of the same name
+    assert bests() == ['best_acc_epoch_3.pth']
+    read_checkpoint(str(tmp_path / 'run' / 'best_acc_epoch_3.pth'))
 
 
 def test_epoch_10_is_after_epoch_9(run):

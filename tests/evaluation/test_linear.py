@@ -81,6 +81,21 @@ def test_the_held_out_part_chooses_and_the_choice_is_kept(features, tmp_path):
         select_linear_head(x, y, tmp_path, holdout=0.0001)
 
 
+def test_a_damaged_head_is_fitted_again(features, tmp_path, capsys):
+    x, v, y, w = features
+    head, choice = select_linear_head(x, y, tmp_path, [1.0], epochs=1)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    other, _ = select_linear_head(x[:, :3], y, tmp_path / 'other', [1.0], epochs=1)
+    (wrong,) = (tmp_path / 'other').iterdir()
+    for content in (b'', whole[:100], whole[:-1], b'text', wrong.read_bytes()):
+        file.write_bytes(content)
+        again, same = select_linear_head(x, y, tmp_path, [1.0], epochs=1)
+        assert torch.equal(head(v), again(v)) and same == choice
+        assert f'{file} cannot be read' in capsys.readouterr().out
+        assert np.load(file).files == ['weight', 'bias', 'best', 'top1']
+
+
 def test_the_solver_is_an_argument(features, tmp_path):
     x, v, y, w = features
     head, _ = select_linear_head(x, y)

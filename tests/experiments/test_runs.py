@@ -1,11 +1,14 @@
 """Training runs as processes."""
 
+import fcntl
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
-from ser_mm.experiments.runs import RunError, finished, train
+from ser_mm.experiments.runs import RunError, check_settings, finished, train
 from tests.support.paths import ROOT
 
 
@@ -26,8 +29,51 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     Path(cfg.work_dir).mkdir()
     assert finished(cfg) is None
     Path(cfg.work_dir, 'last_checkpoint').write_text('elsewhere/epoch_8.pth')
+    assert finished(cfg) is None  # it was copied without its checkpoint
+    torch.save({}, tmp_path / 'run' / 'epoch_8.pth')
     assert finished(cfg) == str(tmp_path / 'run' / 'epoch_8.pth')
     train({'run': cfg})
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != '.py'] == ['run']
+
+
+def test_a_run_whose_last_checkpoint_is_cut_off_is_not_finished(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), train_cfg=dict(max_epochs=8)))
+    pointer, final = tmp_path / 'last_checkpoint', tmp_path / 'epoch_8.pth'
+    torch.save(dict(state_dict=dict(weight=torch.ones(9))), final)
+    pointer.write_text(str(final))
+    assert finished(cfg) == str(final)
+    content = final.read_bytes()
+    for length in (0, 1, len(content) // 2, len(content) - 30):
+        final.write_bytes(content[:length])
+        assert finished(cfg) is None
+    final.write_bytes(content)
+    for text in (b'', b'\xff\xfe', b'epoch_7.pth'):
+        pointer.write_bytes(text)
+        assert finished(cfg) is None
+
+
+def test_settings_that_cannot_be_read_are_named_with_what_to_do(tmp_path):
+    cfg = Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
+    cfg.work_dir = str(tmp_path / 'run')
+    kept = tmp_path / 'run.py'
+    kept.write_text(cfg.pretty_text[:-20])
+    with pytest.raises(ValueError, match=rf'{kept}, the settings of .* remove this file if they'):
+        check_settings(cfg)
+    kept.unlink()
+    check_settings(cfg)
+
+
+def test_a_run_that_another_process_has_is_refused(tmp_path):
+    cfg = Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
+    cfg.work_dir = str(tmp_path / 'run')
+    other = Path(f'{cfg.work_dir}.lock')
+    with other.open('w') as file:
+        file.write(f'1 {socket.gethostname()}')
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match=rf'{cfg.work_dir} is in use by process 1 on'):
+            train({'run': cfg})
+    assert list(tmp_path.iterdir()) == [other]
 
 
 @pytest.mark.slow

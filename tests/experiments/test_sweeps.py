@@ -1,11 +1,14 @@
 """Sweeps of settings: what they train, and that a sweep goes on after an interruption."""
 
 import json
+import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -114,8 +117,8 @@ def test_data_to_evaluate_on_is_looked_at_before_training(tmp_path):
     assert not (tmp_path / 'work').exists()
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_after_an_interruption(tmp_path, capsys):
+def tiny(tmp_path, **more):
+    """Arguments of a sweep of two short runs."""
     data = dict(data_root=tmp_path / 'photos', train_per_picture=4, val_per_picture=4)
     options = {
         f'{place}.{key}': value
@@ -127,9 +130,90 @@ def test_a_sweep_goes_on_after_an_interruption(tmp_path, capsys):
         'model.algorithm.backbone.arch.num_layers': 2,
         'model.algorithm.backbone.cls_layer': 1,
         'train_cfg.max_epochs': 4,
+        **more,
     }
     args = ['layer', '--seeds', '3', '--jobs', '2', '--work-dir', tmp_path, '--images', '18']
-    args += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+    return [*args, '--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+
+
+def descendants(pid):
+    """All processes below one, by Linux's /proc."""
+    children = {}
+    for file in Path('/proc').glob('[0-9]*/stat'):
+        with suppress(OSError):  # it has ended
+            state, parent = file.read_text().rpartition(')')[2].split()[:2]
+            children.setdefault(int(parent), []).append(int(file.parent.name))
+    found = []
+    for child in children.get(pid, []):
+        found += [child, *descendants(child)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
+@pytest.mark.parametrize('gpus', [None, 2])
+def test_a_killed_sweep_leaves_no_process_and_no_second_one_starts_beside_it(
+    gpus, tmp_path, request
+):
+    args = tiny(tmp_path, **{'train_dataloader.num_workers': 1, 'train_cfg.max_epochs': 400})
+    if gpus:
+        args[1:1] = ['--gpus', gpus]
+    command = [sys.executable, '-m', 'ser_mm.cli.ablate', *map(str, args)]
+    logs = [tmp_path / 'mocov3' / 'seed3' / f'{name}.log' for name in ('ser_layer=1', 'SER')]
+    port = dict(os.environ, PORT=str(free_port()))
+
+    def start(until):
+        sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=port)
+        request.addfinalizer(sweep.kill)
+        while sweep.poll() is None and not all(
+            log.exists() and until in log.read_text() for log in logs
+        ):
+            time.sleep(0.05)
+        assert sweep.poll() is None, sweep.stderr.read()
+        return sweep, descendants(sweep.pid)
+
+    def wait_for_the_end_of(pids):
+        deadline = time.monotonic() + 20  # those that read images look every 5 seconds
+        while left := [pid for pid in pids if is_running(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+    first, below = start(until='Epoch(train)')
+    # Two runs, or two launchers of two; each process has another one that reads images
+    assert len(below) >= (2 * (1 + 2 * gpus) if gpus else 4)
+    told = run_command('ablate', *args)
+    assert f'in use by process {first.pid} on' in told and f'`kill {first.pid}`' in told
+    assert first.poll() is None and not [x for x in below if not Path(f'/proc/{x}').exists()]
+
+    first.kill()
+    first.communicate()
+    wait_for_the_end_of(below)
+
+    for log in logs:
+        log.unlink()
+    second, below = start(until='')
+    second.terminate()
+    assert 'the same command continues' in second.communicate(timeout=100)[1]
+    wait_for_the_end_of(below)
+    assert not list(tmp_path.glob('mocov3/seed3/*.lock'))
+
+
+def is_running(pid):
+    with suppress(OSError):
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    return False
+
+
+def free_port():
+    """The first of two ports that nothing listens on."""
+    with socket.socket() as one:
+        one.bind(('localhost', 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_an_interruption(tmp_path, capsys):
+    args = tiny(tmp_path)
     command = [sys.executable, '-m', 'ser_mm.cli.ablate', *args]
     out = tmp_path / 'mocov3'
     runs = [out / 'seed3' / name for name in ('ser_layer=1', 'SER')]

@@ -9,6 +9,8 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm.arguments import InitCfg, Module, Name, between, checked
+from ser_mm.models.dino.dino_head import DINOHead
+from ser_mm.models.dino.dino_neck import DINONeck
 from ser_mm.models.foreach_ema import ForeachCosineEMA
 
 
@@ -31,6 +33,9 @@ class DINO(BaseSelfSupervisor):
         data_preprocessor (dict, optional): Config of the preprocessor. Defaults to None:
             ``dict(type='SelfSupDataPreprocessor')``.
         init_cfg (dict | list[dict], optional): Initialization config. Defaults to None.
+
+    Raises:
+        ValueError: If an argument is of another type, or neck and head differ in ``out_channels``.
     """
 
     def __init__(
@@ -51,6 +56,13 @@ class DINO(BaseSelfSupervisor):
             data_preprocessor=data_preprocessor,
             init_cfg=init_cfg,
         )
+        if isinstance(self.neck, DINONeck) and isinstance(self.head, DINOHead):
+            given, taken = len(self.neck.last_layer.norm), len(self.head.center)
+            if given != taken:
+                raise ValueError(
+                    f'DINO: neck.out_channels={given}, but head.out_channels={taken}; give both '
+                    'the same.'
+                )
         self.teacher = ForeachCosineEMA(
             nn.Sequential(self.backbone, self.neck), momentum=base_momentum
         )
