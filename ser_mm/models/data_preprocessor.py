@@ -84,7 +84,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         if isinstance(data['inputs'], Tensor):
             return super().forward(data, training)
         *views, record = data['inputs']
-        draws = views.pop() if views and views[-1].ndim == 3 else None
+        draws = views.pop() if views and getattr(views[-1], 'ndim', 0) == 3 else None
         self._check(views, record)
 
         # The record is read on the host, where it was made: the step never waits for the device.
