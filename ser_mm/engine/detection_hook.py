@@ -20,8 +20,7 @@ class DrawDetectionsHook(DetVisualizationHook):
     """MMDetection's ``DetVisualizationHook``, on images as the detector saw them.
 
     That of MMDetection turns an image by its EXIF orientation whatever the pipeline does, so that
-    boxes are drawn in wrong places; and it opens a new folder in the last one for every image
-    if the path of the work folder is relative.
+    boxes are drawn in wrong places.
 
     Args:
         **kwargs: Those of ``DetVisualizationHook``: draw, interval, score_thr, test_out_dir, ...
