@@ -57,5 +57,5 @@ class RotationHead(EquivarianceHead):
         (turned,) = extra
         logits = self.classifier(turned)
         label = torch.arange(TURNS, device=turned.device).repeat_interleave(len(turned) // TURNS)
-        right = (logits.detach().argmax(dim=1) == label).float().mean()
+        right = (logits.detach().argmax(dim=1) == label).to(torch.float32).mean()
         return dict(loss=F.cross_entropy(logits, label), rotation_accuracy=right)
