@@ -11,7 +11,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from ser_mm import geometry
-from ser_mm.arguments import InitCfg, Module, NaturalFloat, checked
+from ser_mm.arguments import InitCfg, ModuleCfg, NaturalFloat, checked
 from ser_mm.models.contract import seen_views, try_projector, try_views
 from ser_mm.models.data_preprocessor import SERDataPreprocessor
 from ser_mm.models.foreach_ema import use_foreach_update
@@ -81,7 +81,7 @@ class SERAlgorithm(BaseModel):
 
     def __init__(
         self,
-        algorithm: Module,
+        algorithm: ModuleCfg,
         neck: dict | None = None,
         head: dict | None = None,
         loss_weight: NaturalFloat = 1.0,
