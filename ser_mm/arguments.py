@@ -70,9 +70,9 @@ Share = Annotated[float, within(0, 1)]
 Interval = Annotated[tuple[PositiveFloat, PositiveFloat], ascending]
 Size = Positive | tuple[Positive, Positive]
 Name = Annotated[str, filled]
-Module = Annotated[dict, typed]
-"""The config of something that a registry builds."""
-InitCfg = Module | Annotated[Sequence[Module], filled] | None
+# The config of something that a registry builds.
+ModuleCfg = Annotated[dict, typed]
+InitCfg = ModuleCfg | Annotated[Sequence[ModuleCfg], filled] | None
 
 
 def checked(kind: Kind | None = None, /, **inherited: Any) -> Any:
@@ -104,14 +104,16 @@ def checked(kind: Kind | None = None, /, **inherited: Any) -> Any:
     @functools.wraps(initialize)
     def checking(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            given = own.bind_partial(self, *args, **kwargs).arguments
+            given = dict(own.bind_partial(self, *args, **kwargs).arguments)
         except TypeError:
             given = {}  # Python's own error, below, names the argument
-        rest = {}
         for name, parameter in own.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
-                rest = given.get(name, {})
-        for name, value in {**given, **rest}.items():
+                given.update(given.pop(name, {}))
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                further = [name for name in expected() if name not in own.parameters]
+                given.update(zip(further, given.pop(name, ()), strict=False))
+        for name, value in given.items():
             if name in expected():
                 check(type(self).__name__, name, value, *expected()[name])
         initialize(self, *map(_plain, args), **{key: _plain(x) for key, x in kwargs.items()})

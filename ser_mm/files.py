@@ -72,7 +72,7 @@ def read_kept(file: str | Path, read: Callable[[Path], T]) -> T | None:
         read (Callable): Reads it; raises an error if its content is not what it should be.
 
     Returns:
-        T | None: What ``read`` returned. None if there is no file, or if it cannot be read, which
+        Any: What ``read`` returned. None if there is no file, or if it cannot be read, which
         is told in a line that names it; the caller makes it again.
     """
     try:

@@ -308,3 +308,20 @@ def test_a_remedy_works_when_followed(table):
             kind(**arguments)
             followed += 1
     assert followed > len(SLIPS) // 2
+
+
+def test_arguments_by_position_are_looked_at():
+    for build in (
+        lambda: KINDS['SERNeck'](4, '512'),
+        lambda: KINDS['ForeachCosineEMA'](torch.nn.Linear(2, 2), 0.004, math.nan),
+        lambda: KINDS['SERVisionTransformer']('deit-tiny', '224'),
+    ):
+        with pytest.raises(ValueError, match="(hid_channels|end_momentum|img_size)=('|nan)"):
+            build()
+
+
+def test_who_does_not_build_a_class_is_told_what_is_missing():
+    with pytest.raises(TypeError, match='in_channels'):
+        KINDS['SERNeck']()
+    with pytest.raises(TypeError, match='hidden_channels'):
+        KINDS['SERNeck'](4, hidden_channels=3)

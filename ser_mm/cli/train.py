@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,21 +19,51 @@ from ser_mm.cli._arguments import (
     make_parser,
     one_sentence,
 )
+from ser_mm.cli._signals import command, end_with_parent, ending_on_signals
 from ser_mm.datasets import split_batches
-from ser_mm.engine.checkpointing import check_same_on_all_ranks, resume_newest
+from ser_mm.engine.checkpointing import (
+    check_same_on_all_ranks,
+    resume_newest,
+    written_checkpoints,
+)
 from ser_mm.engine.checks import DATALOADERS, check_batches, check_data
 from ser_mm.engine.coco import check_coco
 from ser_mm.engine.cpu import (
     adapt_to_device,
     close_process_group,
+    get_global_rank,
     get_local_rank,
     init_cpu_process_group,
 )
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.pretrained import check_pretrained
+from ser_mm.engine.resuming import ResumeError
 from ser_mm.engine.schedules import follow_max_epochs
 
-INTERRUPTED = 'Interrupted; the same command with --resume continues from the last checkpoint.'
+
+@dataclass
+class _Run:
+    """What is known of a run that a signal may stop."""
+
+    args: argparse.Namespace
+    cfg: Config | None = None
+    earlier: Mapping[Path, int] = field(default_factory=dict)
+
+    def last_words(self, stopped_by: str) -> str:
+        """Where the last checkpoint is, and how to go on; for all ranks but one nothing."""
+        if get_global_rank(self.args.launcher) != 0:
+            return ''
+        same = command(self.args.launcher) or 'the same command'
+        cfg = self.cfg or Config()
+        new = written_checkpoints(cfg) if self.cfg else {}
+        last = next((file for file in new if self.earlier.get(file) != new[file]), None)
+        if last:
+            resuming = '' if self.args.resume == 'auto' else ' --resume'
+            return f'Stopped by {stopped_by}. Last checkpoint: {last}. Go on by: {same}{resuming}'
+        if cfg.get('resume'):
+            place = f'Last checkpoint: still {cfg.load_from}'
+            return f'Stopped by {stopped_by}. {place}. Go on by: {same}'
+        return f'Stopped by {stopped_by} before the first checkpoint. Start again by: {same}'
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,9 +131,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
             )
         cfg.auto_scale_lr.enable = True
-    if _is_ser(cfg.model) and 'EquivariantSplitHook' not in str(cfg.get('custom_hooks')):
-        hooks = list(cfg.get('custom_hooks') or [])
-        cfg.custom_hooks = [*hooks, dict(type='mmpretrain.EquivariantSplitHook')]
+    needed = ['EquivariantSplitHook', 'ResumeHook'] if _is_ser(cfg.model) else ['ResumeHook']
+    hooks = list(cfg.get('custom_hooks') or [])
+    missing = [name for name in needed if name not in str(hooks)]
+    cfg.custom_hooks = [*hooks, *(dict(type=f'mmpretrain.{name}') for name in missing)]
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 
@@ -133,19 +165,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
-    _train(parse_args(argv))
+    args = parse_args(argv)
+    if args.launcher == 'pytorch':  # torchrun, whose ranks would outlive it
+        end_with_parent()
+    run = _Run(args)
+    with ending_on_signals(run.last_words):
+        _train(args, run)
     close_process_group()  # when the Runner is out of scope
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, run: _Run) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     # A field that no class takes is a TypeError.
-    with one_sentence((*EXPECTED, TypeError), INTERRUPTED, args.trust_checkpoint):
+    with one_sentence((*EXPECTED, TypeError), trust=args.trust_checkpoint):
         cfg = read_config(args.config)
         merge_args(cfg, args)
         follow_max_epochs(cfg)
         if args.resume == 'auto' or (cfg.get('resume') and not cfg.get('load_from')):
             resume_newest(cfg)
+        run.earlier, run.cfg = written_checkpoints(cfg), cfg
         # One process per machine looks and speaks; the launcher then ends the others, which wait
         # for the process group.
         if get_local_rank(cfg.launcher) == 0:
@@ -161,7 +199,8 @@ def _train(args: argparse.Namespace) -> None:
         # Builds the data set and the views, and what is wrong with them shows.
         split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
     # What fails from here on is as likely an error of the code, which needs its traceback.
-    with one_sentence((FloatingPointError, UnpicklingError), INTERRUPTED, args.trust_checkpoint):
+    foreseen = (FloatingPointError, UnpicklingError, ResumeError)
+    with one_sentence(foreseen, trust=args.trust_checkpoint):
         runner.train()
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from ser_mm.arguments import Module, Name, Natural, Positive, Rule, filled
+from ser_mm.arguments import ModuleCfg, Name, Natural, Positive, Rule, filled
 
 _found = Rule('that names a file', lambda x: '://' in x or Path(x).expanduser().is_file())
 
 CUSTOM_DATASET: dict[str, Any] = dict(
-    pipeline=Sequence[Module | Callable],
+    pipeline=Sequence[ModuleCfg | Callable],
     extensions=Annotated[Sequence[Name], filled],
     indices=Positive | Annotated[Sequence[Natural], filled] | None,
     max_refetch=Natural,

@@ -12,6 +12,7 @@ from typing import Any
 _SHOWN = 3  # examples in a sentence
 _HUGE = 1e9  # pixels; also lets NaN and infinity fail a comparison
 _FEW = 0.1  # fraction of annotations that may be of no use
+_DECODED = 10_000  # annotations of a file whose compressed masks are decoded, in a second or so
 _BOX = 'give [x, y, width, height] in pixels, or remove the annotation'
 
 
@@ -156,6 +157,7 @@ def _check_objects(
     summary.objects = dict.fromkeys(summary.categories, 0)
     known: set = set()
     far, as_corners = [], True
+    decode = len(annotations) <= _DECODED
     for index, entry in enumerate(annotations):
         if _is_plain(entry, known, summary, masks):
             known.add(entry['id'])
@@ -163,7 +165,7 @@ def _check_objects(
             if as_corners:
                 as_corners = _may_be_corners(entry['bbox'], summary.images[entry['image_id']])
             continue
-        problem = _object_problem(entry, summary, masks, evaluation)
+        problem = _object_problem(entry, summary, masks, evaluation, decode)
         if not problem and entry['id'] in known:
             problem = 'id', 'that another has too', entry['id'], 'give each an id of its own'
         if problem:
@@ -351,7 +353,7 @@ def _category_problem(category: Any, masks: bool) -> tuple | None:
 
 
 def _object_problem(
-    entry: Any, summary: CocoSummary, masks: bool, evaluation: bool
+    entry: Any, summary: CocoSummary, masks: bool, evaluation: bool, decode: bool
 ) -> tuple | None:
     """Field, defect, value and remedy of an annotation that cannot be used; None if it can."""
     problem = _id_problem(entry)
@@ -386,10 +388,10 @@ def _object_problem(
     if crowd not in ((0, 1) if evaluation else (0, 1, None)):
         what = 'missing' if crowd is None else 'that is neither 0 nor 1'
         return 'iscrowd', what, _MISSING if crowd is None else crowd, 'give 0, or 1 for a crowd'
-    return _mask_problem(entry, summary.images[entry['image_id']]) if masks else None
+    return _mask_problem(entry, summary.images[entry['image_id']], decode) if masks else None
 
 
-def _mask_problem(entry: dict, image: dict) -> tuple | None:
+def _mask_problem(entry: dict, image: dict, decode: bool) -> tuple | None:
     mask = entry.get('segmentation', _MISSING)
     remedy = 'give a list of polygons [x1, y1, x2, y2, ...] or a run-length code, or choose a '
     remedy += 'detector without masks'
@@ -400,9 +402,13 @@ def _mask_problem(entry: dict, image: dict) -> tuple | None:
         if size != [image['height'], image['width']]:
             what = 'of another size than [height, width] of its image'
             return 'segmentation', what, size, remedy
-        if isinstance(counts, str) and counts:
-            return None
         try:
+            if isinstance(counts, str) and counts:
+                if decode:
+                    from pycocotools.mask import decode as to_bitmap  # comes with MMDetection
+
+                    to_bitmap(mask)
+                return None
             if isinstance(counts, list) and sum(counts) == size[0] * size[1] and min(counts) >= 0:
                 return None
         except (TypeError, ValueError):

@@ -154,9 +154,11 @@ def _classes(field: str, dataset: Mapping, kind: Any) -> list[str]:
     )
     if isinstance(classes, str):
         if not isfile(classes):
+            # What the command line takes for a text.
+            one = f'for this one class write [{classes}], or ' if classes.isidentifier() else ''
             raise ValueError(
-                f'{field}.classes = {classes!r} is neither a file nor a list of names; for this '
-                f'one class write [{classes}], for others {advice}.'
+                f'{field}.classes = {classes!r} is neither a file nor a list of names; {one}'
+                f'{advice}.'
             )
         classes = list_from_file(classes)
         advice = 'write one name per line, and no other lines'

@@ -29,9 +29,22 @@ def get_local_rank(launcher: str) -> int:
     Args:
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
     """
+    return _number(launcher, 2)
+
+
+def get_global_rank(launcher: str) -> int:
+    """Rank of this process among all, known before there is a process group.
+
+    Args:
+        launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
+    """
+    return _number(launcher, 0)
+
+
+def _number(launcher: str, variable: int) -> int:
     if launcher == 'none':
         return 0
-    return int(os.environ.get(_LAUNCHER_VARIABLES[launcher][2], 0))
+    return int(os.environ.get(_LAUNCHER_VARIABLES[launcher][variable], 0))
 
 
 def init_cpu_process_group(launcher: str, timeout: float | None = None) -> bool:

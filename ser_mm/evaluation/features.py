@@ -416,7 +416,7 @@ def stamp_images(dataset: Any) -> list[str]:
     """What tells whether the images of a data set are the same as before.
 
     Args:
-        dataset (BaseDataset): Of MMEngine's kind, with ``get_data_info``.
+        dataset (Any): A data set of MMEngine's kind, with ``get_data_info``.
 
     Returns:
         list[str]: For each image a digest, of 32 characters, of its path, label, size and time of

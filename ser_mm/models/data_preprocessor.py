@@ -7,7 +7,7 @@ from mmpretrain.models import SelfSupDataPreprocessor
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
-from ser_mm.arguments import Interval, Module, Positive, PositiveFloat, Rule, checked
+from ser_mm.arguments import Interval, ModuleCfg, Positive, PositiveFloat, Rule, checked
 from ser_mm.geometry import draw_grid
 from ser_mm.models.photometry import Photometry
 from ser_mm.views import ViewBatch
@@ -52,7 +52,7 @@ class SERDataPreprocessor(SelfSupDataPreprocessor):
         scale: Interval = (0.7, 1.3),
         aspect_ratio: Interval = (3 / 4, 4 / 3),
         patch_size: Positive = 16,
-        photometry: Sequence[list[Module]] | None = None,
+        photometry: Sequence[list[ModuleCfg]] | None = None,
         non_blocking: bool = True,
         **kwargs,
     ) -> None:

@@ -7,7 +7,7 @@ from mmengine.logging import MessageHub
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.arguments import InitCfg, Module, NaturalFloat, checked
+from ser_mm.arguments import InitCfg, ModuleCfg, NaturalFloat, checked
 from ser_mm.models.two_view_wrapper import TwoViewWrapper
 from ser_mm.views import ViewBatch
 
@@ -58,8 +58,8 @@ class EquivarianceAlgorithm(TwoViewWrapper):
 
     def __init__(
         self,
-        algorithm: Module,
-        head: Module,
+        algorithm: ModuleCfg,
+        head: ModuleCfg,
         loss_weight: NaturalFloat = 1.0,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: InitCfg = None,

@@ -6,7 +6,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ser_mm import geometry
-from ser_mm.arguments import InitCfg, Module, NaturalFloat, checked
+from ser_mm.arguments import InitCfg, ModuleCfg, NaturalFloat, checked
 from ser_mm.models.contract import try_projector
 from ser_mm.models.two_view_wrapper import TwoViewWrapper
 from ser_mm.views import ViewBatch
@@ -75,7 +75,7 @@ class SERAlgorithm(TwoViewWrapper):
 
     def __init__(
         self,
-        algorithm: Module,
+        algorithm: ModuleCfg,
         neck: dict | None = None,
         head: dict | None = None,
         loss_weight: NaturalFloat = 1.0,

@@ -6,6 +6,8 @@ import math
 import re
 
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from ser_mm.datasets import check_annotations, read_coco
 
@@ -73,6 +75,8 @@ CODES = (
     dict(size=[80, 100], counts=['a']),
     dict(size=[80, 100]),
     dict(counts=[8000]),
+    dict(size=[80, 100], counts='garbage'),
+    dict(size=[80, 100], counts='\u00e9'),
 )
 BOXES = (
     *(..., None, '', 'box', [], {}, 5, [1, 2, 3], [1, 2, 3, 4, 5], ['1', '2', '3', '4']),
@@ -192,7 +196,7 @@ def test_what_mmdetection_skips_is_noted_and_refused_if_common(change, message):
         dict(category_id=7.0),
         dict(image_id=2.0),
         dict(segmentation=[[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]),
-        dict(segmentation=dict(size=[80, 100], counts='PPYo0')),
+        dict(segmentation=dict(size=[80, 100], counts='0Pj7')),
         dict(score=0.5, attributes={}, ignore=0),
     ],
 )
@@ -225,6 +229,20 @@ def test_what_reaches_far_beyond_and_an_id_of_0_are_noted():
     (note,) = check(coco).notes
     assert 'counts the annotation with id 0 as missed' in note
     assert check(coco, evaluation=False).notes == []
+
+
+@pytest.mark.parametrize('first', [0, 1])
+def test_pycocotools_counts_an_id_of_0_as_missed(tmp_path, first):
+    coco = content()
+    for entry in coco['annotations']:
+        entry['id'] += first - 1
+    (tmp_path / 'val.json').write_text(json.dumps(coco))
+    truth = COCO(tmp_path / 'val.json')
+    objects = [dict(entry, score=1.0) for entry in coco['annotations'] if not entry['iscrowd']]
+    result = COCOeval(truth, truth.loadRes(objects), 'bbox')
+    result.evaluate(), result.accumulate(), result.summarize()
+    assert (result.stats[0] > 1 - 1e-9) == (first > 0)
+    assert len(check(coco).notes) == (first == 0)
 
 
 TEXT = json.dumps(content()).encode()

@@ -42,7 +42,12 @@ def test_data_that_fits_is_accepted(root, tmp_path):
         ('model.roi_head.mask_head.num_classes', 80, r'mask_head.num_classes = 80, .* 10 classes'),
         (f'{TRAIN}.metainfo.classes', ('cat', 'dog'), f'{TRAIN}.metainfo.classes .* without'),
         (f'{VAL}.metainfo.classes', DIGITS[::-1], f'{VAL}.metainfo.classes .* order'),
-        (f'{TRAIN}.metainfo.classes', '0', r"classes = '0' is neither a file .* write \[0\]"),
+        (f'{TRAIN}.metainfo.classes', 'cat', r"classes = 'cat' is neither a file .* write \[cat\]"),
+        (
+            f'{TRAIN}.metainfo.classes',
+            '0',
+            r"classes = '0' is neither a file .* names; give a list",
+        ),
         (f'{TRAIN}.metainfo.classes', 'missing.txt', 'neither a file nor a list'),
         (f'{TRAIN}.metainfo.classes', [0, 1], 'holds 0, which is not a name; .*=FILE a text file'),
         (f'{TRAIN}.metainfo.classes', (), 'names no classes'),

@@ -14,6 +14,8 @@ from ser_mm.models import SERDataPreprocessor
 from ser_mm.models.photometry import Photometry
 from tests.support.paths import ROOT
 
+pytest.importorskip('kornia')
+
 CONFIG = Config.fromfile(ROOT / 'configs' / 'ser_mocov3_vits16_device_views.py')
 POLICIES = CONFIG.photometry1, CONFIG.photometry2
 SIZE = 40

@@ -7,7 +7,7 @@ import torch
 from mmcv.transforms import BaseTransform, Compose
 from mmpretrain.registry import TRANSFORMS
 
-from ser_mm.arguments import Module, Positive, Share, checked, filled
+from ser_mm.arguments import ModuleCfg, Positive, Share, checked, filled
 from ser_mm.datasets.transforms.policy import derive_crop, derive_photometry, find_geometry
 from ser_mm.datasets.transforms.recording import RecordedView, random_numbers_apart
 from ser_mm.geometry import NUM_ELEMENTS, act_on_array
@@ -17,7 +17,7 @@ NOT_IN_B2 = -1
 NOT_ASSIGNED = -2
 """Stands in that of an image of which nobody said whether it is in b1 or b2."""
 
-Pipeline = Sequence[Module | Callable]
+Pipeline = Sequence[ModuleCfg | Callable]
 
 
 @TRANSFORMS.register_module()
@@ -82,7 +82,7 @@ class EquivariantViewPipeline(BaseTransform):
     def __init__(
         self,
         views: Sequence[Pipeline] | None = None,
-        equi_crop: Pipeline | Module | None = None,
+        equi_crop: Pipeline | ModuleCfg | None = None,
         equi_views: Sequence[Pipeline] | None = None,
         equi_ratio: Share = 0.01,
         transforms: Sequence[Pipeline] | None = None,

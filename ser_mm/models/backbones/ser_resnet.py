@@ -9,7 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ser_mm.arguments import InitCfg, Module, Natural, Positive, Share, at_least, checked, filled
+from ser_mm.arguments import InitCfg, ModuleCfg, Natural, Positive, Share, at_least, checked, filled
 from ser_mm.checkpoint import StrictPretrained
 from ser_mm.views import ViewBatch
 
@@ -26,8 +26,8 @@ from ser_mm.views import ViewBatch
     out_indices=Annotated[Sequence[Natural], filled],
     frozen_stages=Annotated[int, at_least(-1)],
     style=Literal['pytorch', 'caffe'],
-    conv_cfg=Module | None,
-    norm_cfg=Module,
+    conv_cfg=ModuleCfg | None,
+    norm_cfg=ModuleCfg,
     drop_path_rate=Share,
 )
 class SERResNet(StrictPretrained, ResNet):

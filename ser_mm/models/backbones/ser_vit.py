@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ser_mm.arguments import (
     InitCfg,
-    Module,
+    ModuleCfg,
     Name,
     NaturalFloat,
     Positive,
@@ -36,7 +36,7 @@ Shapes = list[tuple[int, int]]
     out_indices=int | Annotated[Sequence[int], filled],
     drop_rate=Share,
     drop_path_rate=Share,
-    norm_cfg=Module,
+    norm_cfg=ModuleCfg,
     out_type=Literal['cls_token', 'featmap', 'avg_featmap', 'raw'],
     frozen_stages=Annotated[int, at_least(-1)],
     interpolate_mode=Literal['bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area'],

@@ -8,7 +8,7 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from ser_mm.arguments import InitCfg, Module, Name, between, checked
+from ser_mm.arguments import InitCfg, ModuleCfg, Name, between, checked
 from ser_mm.models.dino.dino_head import DINOHead
 from ser_mm.models.dino.dino_neck import DINONeck
 from ser_mm.models.foreach_ema import ForeachCosineEMA
@@ -40,9 +40,9 @@ class DINO(BaseSelfSupervisor):
 
     def __init__(
         self,
-        backbone: Module,
-        neck: Module,
-        head: Module,
+        backbone: ModuleCfg,
+        neck: ModuleCfg,
+        head: ModuleCfg,
         base_momentum: Annotated[float, between(0, 1)] = 0.004,
         pretrained: Name | None = None,
         data_preprocessor: dict | nn.Module | None = None,

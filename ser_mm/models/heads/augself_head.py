@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.arguments import Module, Positive, PositiveFloat, Rule, checked, fits
+from ser_mm.arguments import ModuleCfg, Positive, PositiveFloat, Rule, checked, fits
 from ser_mm.draws import places
 from ser_mm.models.heads.equivariance_head import EquivarianceHead, mlp
 
@@ -61,7 +61,7 @@ class AugSelfHead(EquivarianceHead):
         weights: Annotated[Mapping, _LABELS] | None = None,
         hid_channels: Positive = 512,
         other: Literal['online', 'momentum'] = 'online',
-        norm_cfg: Module | None = None,
+        norm_cfg: ModuleCfg | None = None,
     ) -> None:
         super().__init__(in_channels)
         weights = dict(crop=0.5, color=0.5) if weights is None else dict(weights)

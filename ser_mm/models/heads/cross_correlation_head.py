@@ -4,11 +4,11 @@ from mmpretrain.models import LatentCrossCorrelationHead
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
-from ser_mm.arguments import InitCfg, Module, Positive, checked
+from ser_mm.arguments import InitCfg, ModuleCfg, Positive, checked
 
 
 @MODELS.register_module()
-@checked(in_channels=Positive, loss=Module, init_cfg=InitCfg)
+@checked(in_channels=Positive, loss=ModuleCfg, init_cfg=InitCfg)
 class CrossCorrelationHead(LatentCrossCorrelationHead):
     """Barlow Twins' loss (arXiv 2103.03230), the same however a batch is spread over ranks.
 

@@ -6,7 +6,7 @@ from mmcv.cnn import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.arguments import Module, Positive, PositiveFloat, checked
+from ser_mm.arguments import ModuleCfg, Positive, PositiveFloat, checked
 from ser_mm.draws import NUM_DRAWS
 from ser_mm.models.heads.contrastive import LOSSES, gain
 from ser_mm.models.heads.equivariance_head import EquivarianceHead, mlp, without_affine
@@ -48,7 +48,7 @@ class EquiModHead(EquivarianceHead):
         out_channels: Positive = 128,
         temperature: PositiveFloat = 0.2,
         loss: Literal['nt_xent', 'moco'] = 'nt_xent',
-        norm_cfg: Module | None = None,
+        norm_cfg: ModuleCfg | None = None,
     ) -> None:
         super().__init__(in_channels)
         norm_cfg = norm_cfg or dict(type='BN1d')

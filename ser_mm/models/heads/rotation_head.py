@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
-from ser_mm.arguments import Module, Positive, checked
+from ser_mm.arguments import ModuleCfg, Positive, checked
 from ser_mm.models.heads.equivariance_head import EquivarianceHead, mlp
 
 TURNS = 4
@@ -35,7 +35,7 @@ class RotationHead(EquivarianceHead):
     extra_views = 1
 
     def __init__(
-        self, in_channels: Positive, hid_channels: Positive = 256, norm_cfg: Module | None = None
+        self, in_channels: Positive, hid_channels: Positive = 256, norm_cfg: ModuleCfg | None = None
     ) -> None:
         super().__init__(in_channels)
         norm_cfg = norm_cfg or dict(type='LN')

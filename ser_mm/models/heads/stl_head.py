@@ -5,7 +5,7 @@ import torch
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.arguments import Module, NaturalFloat, Positive, PositiveFloat, checked
+from ser_mm.arguments import ModuleCfg, NaturalFloat, Positive, PositiveFloat, checked
 from ser_mm.models.heads.contrastive import LOSSES, gain
 from ser_mm.models.heads.equivariance_head import EquivarianceHead, mlp
 
@@ -53,7 +53,7 @@ class STLHead(EquivarianceHead):
         trans_weight: NaturalFloat = 0.1,
         temperature: PositiveFloat = 0.2,
         loss: Literal['nt_xent', 'moco'] = 'nt_xent',
-        norm_cfg: Module | None = None,
+        norm_cfg: ModuleCfg | None = None,
     ) -> None:
         super().__init__(in_channels)
         norm_cfg = norm_cfg or dict(type='BN1d')

@@ -8,7 +8,7 @@ from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ser_mm.arguments import InitCfg, Module, Positive, PositiveFloat, Rule, checked, filled
+from ser_mm.arguments import InitCfg, ModuleCfg, Positive, PositiveFloat, Rule, checked, filled
 
 _falling = Rule('from the largest down', lambda x: all(a > b for a, b in pairwise(x)))
 
@@ -45,7 +45,7 @@ class SimpleFPN(BaseModule):
         out_channels: Positive = 256,
         scale_factors: Annotated[Sequence[PositiveFloat], filled, _falling] = (4, 2, 1, 0.5),
         num_outs: Positive | None = None,
-        norm_cfg: Module = dict(type='LN2d', eps=1e-6),  # noqa: B006
+        norm_cfg: ModuleCfg = dict(type='LN2d', eps=1e-6),  # noqa: B006
         init_cfg: InitCfg = None,
     ) -> None:
         super().__init__(init_cfg)
