@@ -31,10 +31,12 @@ from torch.utils.flop_counter import (
 
 from ser_mm.datasets.transforms import EquivariantViewPipeline
 from ser_mm.datasets.transforms.equivariant_view_pipeline import NOT_IN_B2
+from ser_mm.draws import NUM_DRAWS
 from ser_mm.engine.cpu import adapt_to_device
 from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.results import make_table
 from ser_mm.geometry import NUM_ELEMENTS
+from ser_mm.models.two_view_wrapper import TwoViewWrapper
 from ser_mm.views import ViewBatch
 
 # Operators that only describe a tensor anew, and launch nothing.
@@ -127,7 +129,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
     def count() -> dict[str, float]:
         total = Counter()
         for size, weight in weights.items():
-            counted = _count(model, partial(_empty_views, views, batch_size, size, with_ser))
+            counted = _count(model, partial(_empty_views, views, batch_size, size, model))
             total.update({key: weight * value for key, value in counted.items()})
         return dict(total)
 
@@ -230,14 +232,15 @@ def _views(cfg: Config) -> tuple[list[tuple[int, int]], float]:
 
 
 def _empty_views(
-    views: Sequence[tuple[int, int]], batch_size: int, b2: int, with_ser: bool
+    views: Sequence[tuple[int, int]], batch_size: int, b2: int, model: nn.Module
 ) -> list[Tensor | ViewBatch]:
     """What the preprocessor hands to the algorithm."""
-    inputs = []
+    inputs: list[Tensor | ViewBatch] = []
     for index, (height, width) in enumerate(views):
         base, equi = (torch.empty(n, 3, height, width) for n in (batch_size - b2, b2))
-        if with_ser and index < 2:
-            inputs.append(ViewBatch(base, equi, torch.zeros(b2, dtype=torch.long)))
+        if isinstance(model, TwoViewWrapper) and index < 2:
+            draws = torch.empty(batch_size, NUM_DRAWS)
+            inputs.append(ViewBatch(base, equi, torch.zeros(b2, dtype=torch.long), draws=draws))
         else:
             inputs.append(torch.empty(batch_size, 3, height, width))
     return inputs
@@ -299,7 +302,9 @@ class TrainingStep:
             torch.randint(256, (batch_size, 3, *view), dtype=torch.uint8, pin_memory=pinned)
             for view in views
         ]
-        if hasattr(self.model, 'ser_head'):
+        if isinstance(self.model, TwoViewWrapper):
+            if getattr(self.model, 'equi_head', None) is not None:
+                inputs.append(torch.rand(batch_size, 2, NUM_DRAWS))
             record = torch.full((batch_size, 2), NOT_IN_B2)
             in_b2 = round((ratio if equi_ratio is None else equi_ratio) * batch_size)
             record[batch_size - in_b2 :] = torch.randint(NUM_ELEMENTS, (in_b2, 2))
