@@ -9,9 +9,10 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from ser_mm.engine.checks import check_dataset
+from ser_mm.evaluation.reading import read_batches, refuse
 
 
 def dataset_of(cfg: Config, split: str) -> dict:
@@ -123,13 +124,15 @@ def spaced_images(
 
     Yields:
         Tensor: Images, (N, 3, H, W), on the device.
+
+    Raises:
+        ValueError: If an image cannot be read; it is named.
     """
-    preprocessor, loader = build_loader(cfg, split)
-    subset = Subset(loader.dataset, spaced_indices(len(loader.dataset), count))
-    for batch in DataLoader(
-        subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
-    ):
-        yield preprocessor(batch)['inputs']
+    preprocessor, loader = build_loader(cfg, split, num_workers=num_workers)
+    indices = spaced_indices(len(loader.dataset), count)
+    for batch in read_batches(loader, indices, batch_size):
+        refuse(split, batch.unreadable, len(indices))
+        yield preprocessor(batch.content)['inputs']
 
 
 def check_evaluation(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> None:
