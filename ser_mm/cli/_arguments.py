@@ -1,30 +1,42 @@
 """What the commands have in common: arguments, start and end."""
 
 import argparse
+import errno
+import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dist import get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.utils.dl_utils import set_multi_processing
+from torch.distributed import DistNetworkError
 
 from ser_mm.checkpoint import guarded_checkpoints
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.cpu import get_local_rank, init_cpu_process_group
+from ser_mm.engine.images import use_images
+from ser_mm.engine.options import set_options
 from ser_mm.evaluation.data import check_evaluation
 from ser_mm.evaluation.linear import LEARNING_RATES
 from ser_mm.experiments.runs import RunError
 
-EXPECTED = (ImportError, OSError, ValueError, UnpicklingError, RunError)
+EXPECTED = (ImportError, OSError, ValueError, UnpicklingError, RunError, DistNetworkError)
 """Errors of the input or of the machine, which their message explains."""
 
 CONFIG_HELP = 'path of a config file, or the name of a shipped config such as ser_mocov3_vits16'
+
+_DENIED = {
+    errno.EACCES: 'permission denied',
+    errno.EPERM: 'permission denied',
+    errno.EROFS: 'the file system is read-only',
+}
 
 # Seconds that ranks wait for the one that fits a head.
 _PATIENCE = 6 * 3600
@@ -37,10 +49,31 @@ def positive(number: type) -> Callable[[str], float]:
         value = number(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f'{text} is not positive')
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f'{text} is not finite')
         return value
 
     parse.__name__ = f'positive {number.__name__}'  # what argparse calls it
     return parse
+
+
+def finite(text: str) -> float:
+    """A type for argparse: a number, but neither infinite nor NaN."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f'{text} is not finite')
+    return float(text)
+
+
+def workers(text: str) -> int:
+    """A type for argparse: a number of processes, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f'{text} is negative; 0 is none but this process')
+    return int(text)
+
+
+def place(text: str) -> Path:
+    """A type for argparse: a path, with a leading ``~`` expanded, as shells do not after ``=``."""
+    return Path(text).expanduser()
 
 
 def make_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -52,14 +85,15 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-class _Fields(DictAction):
-    """MMEngine's action for KEY=VALUE, with a sentence for what is not of that form."""
+class _Fields(argparse.Action):
+    """Texts of KEY=VALUE by key; :func:`~ser_mm.engine.options.resolve_options` reads them."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         odd = next((value for value in values if '=' not in value), None)
         if odd is not None:
             parser.error(f'{option_string} {odd}: give KEY=VALUE.')
-        super().__call__(parser, namespace, values, option_string)
+        given = dict(value.split('=', maxsplit=1) for value in values)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **given})
 
 
 def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
@@ -67,6 +101,59 @@ def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         '--cfg-options', nargs='+', action=_Fields, default={}, metavar='KEY=VALUE', help=help
     )
+
+
+def add_data(parser: argparse.ArgumentParser, what: str, val: bool = True) -> None:
+    """Add ``--data``, which :func:`use_data` brings into a config.
+
+    Args:
+        parser (argparse.ArgumentParser): Of a command that trains or evaluates.
+        what (str): What the images are for.
+        val (bool): Add ``--val-data`` too. Defaults to True.
+    """
+    parser.add_argument(
+        '--data',
+        type=place,
+        metavar='PATH',
+        help=f'images {what}, in place of those of the config: a folder (with train and val in it, '
+        'if it has them), or a text file with PATH or PATH LABEL on each line',
+    )
+    if val:
+        parser.add_argument(
+            '--val-data',
+            type=place,
+            metavar='PATH',
+            help='validation images, likewise (default: val in --data, or else every fifth image '
+            'of each class, which is held out)',
+        )
+
+
+def use_data(
+    cfg: Config,
+    args: argparse.Namespace,
+    labels: bool | None = None,
+    splits: Sequence[str] = ('train', 'val'),
+) -> None:
+    """Bring ``--data`` into a config.
+
+    Args:
+        cfg (Config): Changed in place.
+        args (argparse.Namespace): With what :func:`add_data` adds.
+        labels (bool, optional): See :func:`~ser_mm.engine.images.use_images`. Defaults to None.
+        splits (Sequence[str]): Keys of ``evaluation`` that will be used. Defaults to both.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: See
+            :func:`~ser_mm.engine.images.use_images`.
+    """
+    val = getattr(args, 'val_data', None)
+    if args.data is None and val is not None:
+        raise ValueError('--val-data needs --data, the images to train on.')
+    if args.data is not None:
+        try:
+            use_images(cfg, args.data, val, labels, splits)
+        except (OSError, ValueError) as error:
+            raise type(error)(f'--data {error}') from error
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +177,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the commands that let MMEngine's Runner train or test."""
     parser.add_argument(
         '--work-dir',
+        type=os.path.expanduser,
         help='folder of logs and results (default: work_dir of the config, or else work_dirs/ and '
         'the name of the config)',
     )
@@ -98,7 +186,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='read checkpoints that hold more than data, and run the code in them',
     )
-    add_cfg_options(parser, 'override fields of the config; lists as KEY="[a,b]" or KEY=a,b')
+    add_cfg_options(parser, 'override fields of the config; lists as KEY="[a,b]"')
     add_launcher(parser)
 
 
@@ -109,8 +197,9 @@ def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         parser (argparse.ArgumentParser): Has those of the command already.
         out (str): Default folder of the results.
     """
+    add_data(parser, 'to evaluate with')
     parser.add_argument(
-        '--out', type=Path, default=Path(out), help=f'folder of the results (default: {out})'
+        '--out', type=place, default=Path(out), help=f'folder of the results (default: {out})'
     )
     parser.add_argument(
         '--blocks',
@@ -122,7 +211,7 @@ def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument(
         '--cache-dir',
-        type=Path,
+        type=place,
         default=Path('work_dirs/features'),
         help='folder of features that were extracted before (default: %(default)s)',
     )
@@ -134,11 +223,11 @@ def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument(
         '--num-workers',
-        type=int,
+        type=workers,
         default=0,
         help='additional processes that read images (default: 0)',
     )
-    add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.data_root=PATH')
+    add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.indices=100')
     add_launcher(parser)
 
 
@@ -197,7 +286,10 @@ def load_config(
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = Config.fromfile(find_config(config))
-    cfg.merge_from_dict(args.cfg_options)
+    use_data(cfg, args, True, splits)
+    set_options(cfg, args.cfg_options)
+    check_writable('--out', args.out)
+    check_writable('--cache-dir', args.cache_dir)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     if get_local_rank(args.launcher) == 0:
         check_evaluation(cfg, splits)
@@ -208,6 +300,28 @@ def load_config(
             args.launcher, timeout=_PATIENCE
         )
     return cfg
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Check that a folder or file can be written or made, before the work that it is for.
+
+    Args:
+        option (str): That named it.
+        path (Path): The folder or file.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    there = Path(path).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if there != Path(path).absolute() and not there.is_dir():
+        raise NotADirectoryError(f'{option} {path}: {there} is a file; name another place.')
+    mode = os.W_OK | (os.X_OK if there.is_dir() else 0)
+    if not os.access(there, mode, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(
+            f'{option} {path}: {there} cannot be written to, permission denied; name another place.'
+        )
 
 
 @contextmanager
@@ -232,8 +346,27 @@ def one_sentence(
         with guarded_checkpoints(trust):
             yield
     except KeyboardInterrupt:
-        sys.exit(interrupted)
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except errors as error:
         if os.environ.get('SER_MM_TRACEBACK'):
             raise
-        sys.exit(f'error{f" on rank {get_rank()}" if is_distributed() else ""}: {error}')
+        rank = f' on rank {get_rank()}' if is_distributed() else ''
+        sys.exit(f'error{rank}: {_explain(error)}')
+
+
+def _explain(error: Exception) -> str:
+    """The sentence of an error, where its own is a name of the system's."""
+    if isinstance(error, DistNetworkError):
+        port = os.environ.get('MASTER_PORT', '29500')
+        if 'EADDRINUSE' in str(error):
+            return (
+                f'port {port} is in use, perhaps by another run; choose another: PORT=29501 '
+                'before tools/*.sh, MASTER_PORT=29501 before other launchers.'
+            )
+    if isinstance(error, OSError) and error.errno in _DENIED and error.filename is not None:
+        return (
+            f'{error.filename}: {_DENIED[error.errno]}; change its permissions, or name '
+            'another place.'
+        )
+    return str(error)

@@ -17,17 +17,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_cfg_options,
+    finite,
     make_parser,
     one_sentence,
+    place,
     positive,
+    workers,
 )
 from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.configs import find_config
+from ser_mm.engine.options import resolve_options
 from ser_mm.evaluation.linear import SOLVABLE, SOLVERS
 from ser_mm.experiments.sweeps import SWEEPS, run_sweeps
 
@@ -48,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--values',
         nargs='+',
-        type=float,
+        type=finite,
         help='values of the setting, for one sweep (default: those above)',
     )
     parser.add_argument(
@@ -68,13 +73,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--num-workers',
-        type=int,
+        type=workers,
         default=0,
         help='additional processes that read images to evaluate (default: 0)',
     )
     parser.add_argument(
         '--work-dir',
-        type=Path,
+        type=place,
         default=Path('work_dirs/ablate'),
         help='folder of runs and results (default: %(default)s)',
     )
@@ -107,12 +112,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     MMLogger.get_instance('ablate', log_level='WARNING')
+    config = find_config(args.config)
+    cfg_options = resolve_options(Config.fromfile(config), args.cfg_options)
     run_sweeps(
-        find_config(args.config),
+        config,
         args.sweeps,
         args.seeds,
         args.work_dir,
-        args.cfg_options,
+        cfg_options,
         values=args.values,
         jobs=args.jobs,
         gpus=args.gpus,

@@ -17,10 +17,10 @@ from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from ser_mm.cli._arguments import CONFIG_HELP, make_parser, one_sentence
+from ser_mm.cli._arguments import CONFIG_HELP, check_writable, make_parser, one_sentence, place
 from ser_mm.engine.configs import find_config
 from ser_mm.evaluation.cost import TrainingStep, count_step, report_costs, take_turns
-from ser_mm.evaluation.results import write_text
+from ser_mm.files import write_text
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--out',
-        type=Path,
+        type=place,
         help='JSON file of the results (default: in work_dirs/cost/, by the name of the config)',
     )
     args = parser.parse_args(argv)
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
     args = parse_args(argv)
+    check_writable('--out', args.out)
     MMLogger.get_instance('cost', log_level='ERROR')
     cfgs = {name: Config.fromfile(getattr(args, name)) for name in ('baseline', 'config')}
     init_default_scope(cfgs['config'].get('default_scope', 'mmpretrain'))

@@ -10,9 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence
+from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence, place
+from ser_mm.engine.configs import find_config
+from ser_mm.engine.options import resolve_options
 from ser_mm.experiments.demo import algorithms, run_demo
 
 INTERRUPTED = 'Interrupted; the same command continues from the last epoch.'
@@ -36,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--work-dir',
-        type=Path,
+        type=place,
         default=Path('work_dirs/demo'),
         help='folder of runs and results (default: %(default)s)',
     )
@@ -61,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     MMLogger.get_instance('demo', log_level='WARNING')
-    run_demo(args.algorithm, args.seeds, args.work_dir, args.cfg_options)
+    cfg = Config.fromfile(find_config(f'demo/ser_{args.algorithm}'))
+    cfg_options = resolve_options(cfg, args.cfg_options)
+    run_demo(args.algorithm, args.seeds, args.work_dir, cfg_options)
 
 
 if __name__ == '__main__':

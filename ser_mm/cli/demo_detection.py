@@ -13,8 +13,10 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence
+from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence, place
 from ser_mm.cli.demo import INTERRUPTED
+from ser_mm.engine.operators import read_config
+from ser_mm.engine.options import resolve_options
 from ser_mm.experiments.demo import algorithms
 from ser_mm.experiments.detection import run_detection
 
@@ -37,13 +39,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--pretrained',
-        type=Path,
+        type=place,
         default=Path('work_dirs/demo'),
         help='--work-dir of the demo (default: %(default)s)',
     )
     parser.add_argument(
         '--work-dir',
-        type=Path,
+        type=place,
         default=Path('work_dirs/demo_detection'),
         help='folder of data, runs and results (default: %(default)s)',
     )
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     MMLogger.get_instance('demo', log_level='WARNING')
-    run_detection(args.algorithm, args.seeds, args.pretrained, args.work_dir, args.cfg_options)
+    cfg_options = resolve_options(read_config('demo/detection'), args.cfg_options)
+    run_detection(args.algorithm, args.seeds, args.pretrained, args.work_dir, cfg_options)
 
 
 if __name__ == '__main__':

@@ -15,8 +15,19 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
-from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence, positive
+from ser_mm.cli._arguments import (
+    add_cfg_options,
+    add_data,
+    check_writable,
+    make_parser,
+    one_sentence,
+    place,
+    positive,
+    use_data,
+    workers,
+)
 from ser_mm.engine.configs import find_config, is_config
+from ser_mm.engine.options import set_options
 from ser_mm.evaluation.backbone import build_backbone, token_maps_of
 from ser_mm.evaluation.data import check_evaluation, spaced_images
 from ser_mm.evaluation.equivariance import (
@@ -55,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--num-workers',
-        type=int,
+        type=workers,
         default=0,
         help='additional processes that read images (default: 0)',
     )
@@ -71,11 +82,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--out',
-        type=Path,
+        type=place,
         default=Path('work_dirs/equivariance'),
         help='folder of the results (default: %(default)s)',
     )
-    add_cfg_options(parser, 'override fields of the configs, e.g. evaluation.val.data_root=PATH')
+    add_data(parser, 'to move, without labels', val=False)
+    add_cfg_options(parser, 'override fields of the configs, e.g. evaluation.val.indices=100')
     args = parser.parse_args(argv)
     args.pairs = []
     for item in args.networks:
@@ -107,8 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     MMLogger.get_current_instance().setLevel('WARNING')
     cfgs = {config: Config.fromfile(find_config(config)) for config, _ in args.pairs}
     for cfg in cfgs.values():
-        cfg.merge_from_dict(args.cfg_options)
-        check_evaluation(cfg, ['val'])
+        use_data(cfg, args, False, ['val'])
+        set_options(cfg, args.cfg_options)
+        check_evaluation(cfg, ['val'], labelled=False)
+    check_writable('--out', args.out)
     networks = {}
     for name, (config, checkpoint) in zip(args.names, args.pairs, strict=True):
         before = f'untrained, {Path(config).stem}' if len(cfgs) > 1 else 'untrained'

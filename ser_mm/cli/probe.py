@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@one_sentence(interrupted='Interrupted; features that were extracted whole are kept.')
+@one_sentence(interrupted='Interrupted; features that were extracted are kept.')
 def main(argv: Sequence[str] | None = None) -> None:
     """Extract, train, vote, report.
 

@@ -19,6 +19,7 @@ from ser_mm.cli._arguments import (
     load_config,
     make_parser,
     one_sentence,
+    place,
     probe_options,
 )
 from ser_mm.datasets import Corrupt
@@ -47,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ('c', 'p'):
         parser.add_argument(
             f'--imagenet-{name}',
-            type=Path,
+            type=place,
             help=f'folder of ImageNet-{name.upper()} (default: data/imagenet-{name}, if it is '
             'there)',
         )

@@ -22,6 +22,7 @@ from ser_mm.engine.cpu import (
     init_cpu_process_group,
 )
 from ser_mm.engine.operators import read_config
+from ser_mm.engine.options import set_options
 
 # Fields of the visualization hook, the merge of flipped images, and the dump of predictions.
 MMPRETRAIN = dict(
@@ -74,7 +75,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
     Raises:
         ValueError: If the config has no data to test on, or ``--tta`` cannot merge what it finds.
     """
-    cfg.merge_from_dict(args.cfg_options)
+    set_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     if not (cfg.get('test_dataloader') and cfg.get('test_evaluator')):

@@ -15,9 +15,11 @@ from mmengine.runner import Runner
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     EXPECTED,
+    add_data,
     add_run_arguments,
     make_parser,
     one_sentence,
+    use_data,
 )
 from ser_mm.cli._signals import command, end_with_parent, ending_on_signals
 from ser_mm.datasets import split_batches
@@ -26,7 +28,7 @@ from ser_mm.engine.checkpointing import (
     resume_newest,
     written_checkpoints,
 )
-from ser_mm.engine.checks import DATALOADERS, check_batches, check_data
+from ser_mm.engine.checks import DATALOADERS, check_batches, check_data, check_length
 from ser_mm.engine.coco import check_coco
 from ser_mm.engine.cpu import (
     adapt_to_device,
@@ -35,7 +37,9 @@ from ser_mm.engine.cpu import (
     get_local_rank,
     init_cpu_process_group,
 )
+from ser_mm.engine.images import check_class_labels
 from ser_mm.engine.operators import read_config
+from ser_mm.engine.options import set_options
 from ser_mm.engine.pretrained import check_pretrained
 from ser_mm.engine.resuming import ResumeError
 from ser_mm.engine.schedules import follow_max_epochs
@@ -97,6 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='start the processes that read images anew for every epoch',
     )
+    add_data(parser, 'to train on')
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -111,7 +116,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         ValueError: If the config does not say for which batch its learning rate is.
     """
-    cfg.merge_from_dict(args.cfg_options)
+    use_data(cfg, args)
+    set_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
 
@@ -180,6 +186,7 @@ def _train(args: argparse.Namespace, run: _Run) -> None:
     with one_sentence((*EXPECTED, TypeError), trust=args.trust_checkpoint):
         cfg = read_config(args.config)
         merge_args(cfg, args)
+        check_length(cfg)
         follow_max_epochs(cfg)
         if args.resume == 'auto' or (cfg.get('resume') and not cfg.get('load_from')):
             resume_newest(cfg)
@@ -188,6 +195,7 @@ def _train(args: argparse.Namespace, run: _Run) -> None:
         # for the process group.
         if get_local_rank(cfg.launcher) == 0:
             check_data(cfg)
+            check_class_labels(cfg)
             check_pretrained(cfg)
             check_coco(cfg)
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')

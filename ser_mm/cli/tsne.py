@@ -6,7 +6,6 @@ point's 10 nearest neighbours that are of its class, both on the map and of the 
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmengine.dist import is_main_process
 
@@ -16,6 +15,7 @@ from ser_mm.cli._arguments import (
     load_config,
     make_parser,
     one_sentence,
+    place,
     positive,
 )
 from ser_mm.datasets.transforms.corrupt import SEVERITIES
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--imagenet-c',
-        type=Path,
+        type=place,
         metavar='ROOT',
         help='folder of ImageNet-C (default: the validation images, corrupted on the fly)',
     )
@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@one_sentence(interrupted='Interrupted; features that were extracted whole are kept.')
+@one_sentence(interrupted='Interrupted; features that were extracted are kept.')
 def main(argv: Sequence[str] | None = None) -> None:
     """Extract, embed, measure, draw.
 

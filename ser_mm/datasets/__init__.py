@@ -3,6 +3,7 @@ from .bundled_photos import BundledPhotos, write_bundled_photos
 from .coco import CocoSummary, check_annotations, read_coco
 from .collate import default_collate
 from .exact_split import ExactSplit, split_batches
+from .image_source import ImageSource
 from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
 from .transforms import CheckImageSize, Corrupt, EquivariantViewPipeline, LoadReadableImage
@@ -14,6 +15,7 @@ __all__ = [
     'Corrupt',
     'EquivariantViewPipeline',
     'ExactSplit',
+    'ImageSource',
     'LoadReadableImage',
     'PairedDraws',
     'SequenceFolder',

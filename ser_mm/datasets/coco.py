@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,11 +33,11 @@ class CocoSummary:
     notes: list[str] = field(default_factory=list)
 
 
-def read_coco(path: str | os.PathLike) -> dict:
+def read_coco(path: str | Path) -> dict:
     """Read an annotation file.
 
     Args:
-        path (str | os.PathLike): File.
+        path (str | Path): File.
 
     Returns:
         dict: Its content, not checked further.
@@ -93,7 +92,7 @@ def _without_collection() -> Iterator[None]:
 
 def check_annotations(
     content: dict,
-    path: str | os.PathLike,
+    path: str | Path,
     *,
     masks: bool = False,
     evaluation: bool = False,
@@ -108,7 +107,7 @@ def check_annotations(
 
     Args:
         content (dict): Content of the file.
-        path (str | os.PathLike): Its path, for the sentences.
+        path (str | Path): Its path, for the sentences.
         masks (bool): Whether masks are needed, not only boxes. Defaults to False.
         evaluation (bool): Whether pycocotools evaluates on the file; it needs ``iscrowd``, and
             counts an annotation with id 0 as missed. Defaults to False.
@@ -150,7 +149,7 @@ def check_annotations(
 
 
 def _check_objects(
-    annotations: list, path: str | os.PathLike, summary: CocoSummary, masks: bool, evaluation: bool
+    annotations: list, path: str | Path, summary: CocoSummary, masks: bool, evaluation: bool
 ) -> None:
     problems = _Problems(path, 'annotations', len(annotations))
     skipped = _Problems(path, 'annotations', len(annotations))
@@ -241,7 +240,7 @@ def _may_be_corners(box: list, image: dict) -> bool:
 class _Problems:
     """Defects of the entries of a list, those of a kind together."""
 
-    def __init__(self, path: str | os.PathLike, key: str, total: int) -> None:
+    def __init__(self, path: str | Path, key: str, total: int) -> None:
         self.path, self.key, self.total = path, key, total
         self.kinds: dict[tuple, list] = {}
 
@@ -279,7 +278,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-def _check_list(content: dict, key: str, path: str | os.PathLike) -> None:
+def _check_list(content: dict, key: str, path: str | Path) -> None:
     if key not in content:
         raise ValueError(
             f'{path} has no {key!r}, only {_short(list(content))}; export the annotations in '

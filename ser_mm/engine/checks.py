@@ -3,14 +3,17 @@
 import inspect
 import os
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from os.path import abspath, exists, isdir, join
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import DataLoader
 
-from ser_mm.datasets import BundledPhotos
+from ser_mm.datasets import BundledPhotos, ImageSource
+from ser_mm.datasets.image_source import SUFFIXES, check_images
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -37,6 +40,23 @@ def check_data(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
             check_dataset(field, dataset, cfg.get('default_scope'))
 
 
+def check_length(cfg: Config) -> None:
+    """Refuse a run without a step.
+
+    Args:
+        cfg (Config): Config of the run.
+
+    Raises:
+        ValueError: If ``max_epochs`` or ``max_iters`` is not a whole number of at least 1.
+    """
+    for name in ('max_epochs', 'max_iters'):
+        length = (cfg.get('train_cfg') or {}).get(name)
+        if length is None:
+            continue
+        if not isinstance(length, Real) or length != length // 1 or length < 1:
+            raise ValueError(f'train_cfg.{name} = {length!r} must be a whole number of at least 1.')
+
+
 def check_batches(loader: DataLoader) -> None:
     """Refuse a training loader without a batch.
 
@@ -46,7 +66,8 @@ def check_batches(loader: DataLoader) -> None:
     Raises:
         ValueError: With the numbers of images.
     """
-    if len(loader) == 0:
+    repeats = isinstance(loader.sampler, InfiniteSampler) and len(loader.dataset) > 0
+    if len(loader) == 0 and not repeats:
         raise ValueError(
             f'train_dataloader.batch_size = {loader.batch_size}, but the {len(loader.dataset)} '
             f'images of the data set are {len(loader.sampler)} for each process, which make no '
@@ -87,6 +108,14 @@ def check_dataset(field: str, dataset: dict, scope: str | None = None) -> None:
     if '://' in root or dataset.get('backend_args'):
         return
 
+    if issubclass(kind, ImageSource):
+        suffixes, labelled = dataset.get('extensions') or SUFFIXES, dataset.get('with_label', False)
+        try:
+            check_images(root, dataset.get('split') or 'train', suffixes, labelled)
+        except (OSError, ValueError) as error:
+            raise type(error)(f'{field}.data_root: {error}') from error
+        return
+
     def fail(key: str, path: str, problem: str, remedy: str = '') -> None:
         remedy = remedy or f'set it in the config or with --cfg-options {field}.{key}=PATH'
         value = f'{field}.{key} = {dataset.get(key)!r}'
@@ -109,15 +138,31 @@ def check_dataset(field: str, dataset: dict, scope: str | None = None) -> None:
     prefix = dataset.get('data_prefix') or split
     folder = join(root, prefix.get('img_path', '') if isinstance(prefix, dict) else prefix)
     key = 'data_root' if root else 'data_prefix'
-    if not isdir(folder):
-        fail(key, folder, 'is not a folder')
     suffixes = tuple(suffix.lower() for suffix in dataset.get('extensions') or IMAGE_SUFFIXES)
+    if not isdir(folder):
+        # A folder of images without the folders train and val.
+        flat = root and not field.startswith('test') and _has_image(root, suffixes, False)
+        remedy = f'take the images that are there by --data {root}' if flat else ''
+        fail(key, folder, 'is not a folder', remedy)
     in_classes = dataset.get('with_label', split != 'test')
     if not _has_image(folder, suffixes, in_classes):
         if in_classes and _has_image(folder, suffixes, False):
             remedy = f'make one for each class, or set {field}.with_label=False to do without'
             fail(key, folder, 'has images, but no sub-folders of images', remedy)
+        if closed := _closed_folder(folder):
+            raise PermissionError(
+                f'{field}.{key} = {dataset.get(key)!r}: {closed} cannot be read: permission '
+                'denied; it needs permission to read and to search (chmod u+rx).'
+            )
         fail(key, folder, f'has no images ({", ".join(suffixes)})')
+
+
+def _closed_folder(folder: str) -> str | None:
+    """The first folder below one, or itself, that permissions keep closed."""
+    errors: list[OSError] = []
+    for _ in os.walk(folder, onerror=errors.append):
+        pass
+    return next((error.filename for error in errors if isinstance(error, PermissionError)), None)
 
 
 def _has_image(folder: str, suffixes: tuple[str, ...], in_subfolders: bool) -> bool:

@@ -9,9 +9,12 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
+from ser_mm.datasets.image_source import class_folders, part_of
 from ser_mm.engine.checks import check_dataset
+from ser_mm.engine.images import check_labels
+from ser_mm.evaluation.reading import read_batches, refuse
 
 
 def dataset_of(cfg: Config, split: str) -> dict:
@@ -123,31 +126,43 @@ def spaced_images(
 
     Yields:
         Tensor: Images, (N, 3, H, W), on the device.
+
+    Raises:
+        ValueError: If an image cannot be read; it is named.
     """
-    preprocessor, loader = build_loader(cfg, split)
-    subset = Subset(loader.dataset, spaced_indices(len(loader.dataset), count))
-    for batch in DataLoader(
-        subset, batch_size, num_workers=num_workers, collate_fn=loader.collate_fn
-    ):
-        yield preprocessor(batch)['inputs']
+    preprocessor, loader = build_loader(cfg, split, num_workers=num_workers)
+    indices = spaced_indices(len(loader.dataset), count)
+    for batch in read_batches(loader, indices, batch_size):
+        refuse(split, batch.unreadable, len(indices))
+        yield preprocessor(batch.content)['inputs']
 
 
-def check_evaluation(cfg: Config, splits: Sequence[str] = ('train', 'val')) -> None:
-    """Check what a config says of labelled images, before long work that ends with them.
+def check_evaluation(
+    cfg: Config, splits: Sequence[str] = ('train', 'val'), labelled: bool = True
+) -> None:
+    """Check what a config says of the images, before long work that ends with them.
 
     Args:
         cfg (Config): With ``evaluation``.
         splits (Sequence[str]): Keys of it that will be used.
+        labelled (bool): Whether labels are needed. Defaults to True.
 
     Raises:
         FileNotFoundError: If data is missing.
-        ValueError: If a split is not in the config, or the class folders of the splits are not
-            the same.
+        ValueError: If a split is not in the config, has no labels, counts them from 1, or the
+            class folders of the splits are not the same.
     """
     datasets = {f'evaluation.{split}': dataset_of(cfg, split) for split in splits}
     for field, dataset in datasets.items():
         check_dataset(field, dataset, cfg.get('default_scope') or 'mmpretrain')
-    check_classes(datasets)
+        if labelled and dataset.get('with_label') is False:
+            raise ValueError(
+                f'{field}.with_label = False, but labels are needed; give labelled images with '
+                '--data or in the config.'
+            )
+    if labelled:
+        check_classes(datasets)
+        check_labels(datasets)
 
 
 def check_classes(datasets: dict[str, dict]) -> None:
@@ -162,14 +177,7 @@ def check_classes(datasets: dict[str, dict]) -> None:
     """
     first = None
     for field, dataset in datasets.items():
-        if dataset.get('ann_file'):
-            continue
-        prefix = dataset.get('data_prefix') or dataset.get('split') or ''
-        prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
-        folder = Path(dataset.get('data_root') or '', prefix)
-        if not prefix or not folder.is_dir():
-            continue
-        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        folder, names = _class_folders(dataset)
         if not names:  # labels are in a file, as meta/val.txt of ImageNet
             continue
         first = first or (field, folder, names)
@@ -179,3 +187,24 @@ def check_classes(datasets: dict[str, dict]) -> None:
                 f'{field} ({folder}) and {first[0]} ({first[1]}) have different classes: '
                 f'{odd[0]} and {len(odd) - 1} more are in one only; use folders with the same.'
             )
+    if first and len(first[2]) == 1:
+        raise ValueError(
+            f'{first[0]} ({first[1]}) has one class, {first[2].pop()}, and two or more are to be '
+            'told apart; its sub-folders are the classes.'
+        )
+
+
+def _class_folders(dataset: dict) -> tuple[Path, set[str]]:
+    """The folder of a data set, and the names of the classes that its sub-folders are."""
+    folder = Path(dataset.get('data_root') or '').expanduser()
+    kind = str(dataset.get('type'))
+    if kind.endswith('ImageSource'):
+        folder, _ = part_of(folder, dataset.get('split') or 'train')
+        return folder, class_folders(folder)
+    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+    prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
+    folder = folder / prefix
+    in_folders = prefix or kind.endswith('CustomDataset')
+    if dataset.get('ann_file') or not in_folders or not folder.is_dir():
+        return folder, set()
+    return folder, {entry.name for entry in os.scandir(folder) if entry.is_dir()}

@@ -14,13 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
 
 from ser_mm.checkpoint import read_checkpoint
 from ser_mm.cli._arguments import one_sentence
 from ser_mm.cli._signals import ending_on_signals
 from tests.support import short_run
-from tests.support.algorithms import ALGORITHMS
 from tests.support.paths import ROOT
 
 PATIENCE = 300  # seconds, many times what anything here takes on two cores
@@ -29,39 +27,7 @@ PATIENCE = 300  # seconds, many times what anything here takes on two cores
 @pytest.fixture
 def config(imagenet_tree, tmp_path):
     """A run that does not end by itself, with two processes that read images."""
-    pipeline = [
-        dict(type='LoadImageFromFile'),
-        short_run.equivariant_views(0.5),
-        dict(type='PackInputs'),
-    ]
-    file = tmp_path / 'run.py'
-    Config(
-        dict(
-            default_scope='mmpretrain',
-            custom_imports=dict(imports=['ser_mm']),
-            model=ALGORITHMS['simsiam'],
-            train_dataloader=dict(
-                batch_size=4,
-                num_workers=2,
-                sampler=dict(type='DefaultSampler', shuffle=True),
-                dataset=dict(
-                    type='CustomDataset',
-                    data_root=str(imagenet_tree),
-                    data_prefix='train',
-                    pipeline=pipeline,
-                ),
-            ),
-            train_cfg=dict(by_epoch=True, max_epochs=100000),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
-            default_hooks=dict(
-                logger=dict(type='LoggerHook', interval=1),
-                checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2),
-            ),
-            custom_hooks=[dict(type='EpochSeedHook')],
-            randomness=dict(seed=0),
-        )
-    ).dump(file)
-    return file
+    return short_run.write_config(tmp_path / 'run.py', imagenet_tree)
 
 
 class Training:

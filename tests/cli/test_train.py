@@ -16,7 +16,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from ser_mm.cli.train import main as train_main
 from ser_mm.engine import EpochSeedHook
+from tests.support import short_run
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -190,3 +192,18 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(imagenet_tree
     kept = torch.load(tmp_path / f'iter_{iteration - 1}.pth', weights_only=False)
     assert not (tmp_path / f'iter_{iteration}.pth').exists()
     assert kept['meta']['iter'] == iteration - 1
+
+
+def test_a_checkpoint_that_the_run_cannot_go_on_from_is_one_sentence(imagenet_tree, tmp_path):
+    """It ended as if it had trained; schedules and images per step are checked likewise."""
+    config = short_run.write_config(tmp_path / 'run.py', imagenet_tree, max_epochs=2)
+    workers = 'train_dataloader.num_workers=0'
+    train_main([str(config), '--work-dir', str(tmp_path), '--cfg-options', workers])
+    shorter = 'train_cfg.max_epochs=1'
+    sentence = run_command(
+        'train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', workers, shorter
+    )
+    assert sentence == (
+        'error: The checkpoint was trained for 2 epochs, and train_cfg.max_epochs=1; raise it, or '
+        'resume from an earlier checkpoint.'
+    )

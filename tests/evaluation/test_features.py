@@ -13,6 +13,7 @@ from mmengine.registry import init_default_scope
 from ser_mm.cli._arguments import one_sentence
 from ser_mm.engine.configs import find_config
 from ser_mm.evaluation import Embedder, build_backbone, knn_probe, load_features
+from ser_mm.evaluation.data import spaced_images
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.linear import fit_head
 from tests.support.algorithms import BACKBONE, PIXELS, RESNET, build
@@ -150,6 +151,16 @@ def test_unreadable_images_are_named_and_the_others_are_kept(
     torch.testing.assert_close(features, expected, **FLOAT32_NETWORK)
     assert labels.tolist() == sorted([0, 1, 2, 3] * 4)
     assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_an_unreadable_image_of_a_score_is_named(num_workers, imagenet_tree, tmp_path):
+    shutil.copytree(imagenet_tree, tmp_path / 'data')
+    file = sorted((tmp_path / 'data' / 'train').glob('*/*'))[4]
+    file.write_bytes(b'text')
+    images = spaced_images(config(tmp_path / 'data'), 'val', 4, num_workers=num_workers)
+    with pytest.raises(ValueError, match=rf'val: 1 of 4 images cannot be read: {file} \('):
+        list(images)
 
 
 def test_what_is_extracted_before_an_interruption_is_kept(

@@ -2,11 +2,12 @@
 
 import copy
 
+from mmengine.config import Config
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from tests.support.algorithms import IMAGE, PIXELS
+from tests.support.algorithms import ALGORITHMS, IMAGE, PIXELS
 
 CROP = dict(type='RandomResizedCrop', scale=IMAGE, crop_ratio_range=(0.3, 1.0))
 JITTER = dict(type='ColorJitter', brightness=0.4, contrast=0.4)
@@ -100,3 +101,28 @@ def run(
     )
     runner.train()
     return runner, record.states
+
+
+def write_config(file, root, max_epochs=100000):
+    """A config of a tiny model on ``root``, for ``ser-mm train``; 16 images are 4 steps."""
+    pipeline = [dict(type='LoadImageFromFile'), equivariant_views(0.5), dict(type='PackInputs')]
+    dataset = dict(type='CustomDataset', data_root=str(root), data_prefix='train')
+    checkpoint = dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2)
+    content = dict(
+        default_scope='mmpretrain',
+        custom_imports=dict(imports=['ser_mm']),
+        model=ALGORITHMS['simsiam'],
+        train_dataloader=dict(
+            batch_size=4,
+            num_workers=2,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+            dataset=dict(dataset, pipeline=pipeline),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=max_epochs),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1), checkpoint=checkpoint),
+        custom_hooks=[dict(type='EpochSeedHook')],
+        randomness=dict(seed=0),
+    )
+    Config(content).dump(file)
+    return file

@@ -1,0 +1,337 @@
+"""Images as people have them: a folder, with or without sub-folders, or a list in a text file."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from mmengine.logging import print_log
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS
+
+from ser_mm.arguments import Name, checked, filled
+from ser_mm.datasets._custom_dataset import CUSTOM_DATASET
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+"""Of images, in lower or upper case."""
+
+# Sub-folders that parts of a data set are in, each part by the names it may have.
+_PARTS = dict(train=('train',), val=('val', 'valid', 'validation'), test=('test',))
+_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar', '.zst')
+_LABELLED = re.compile(r'(.*?)[\s,]+(-?\d+)')
+_EVERY = 5  # the share of a class that is held out
+_LOOK = 100  # lines of a list whose files are looked for before the run
+
+
+@DATASETS.register_module()
+@checked(**CUSTOM_DATASET, ann_file=Literal[''], data_prefix=Literal[''])
+class ImageSource(CustomDataset):
+    """Images of a folder, of its sub-folders, or of a list.
+
+    A folder is searched with its sub-folders, also behind links; hidden files are passed over. If
+    its sub-folders are ``train`` and ``val`` (or ``valid``, ``validation``; ``test`` may be beside
+    them), the split takes one of them. The label of an image is the number of the first folder
+    on its way, in alphabetical order of those that hold images.
+
+    A list is a text file with a line ``PATH`` or ``PATH LABEL`` for each image. Paths are relative
+    to its folder, labels count from 0.
+
+    Args:
+        data_root (str | Path): The folder or the list.
+        split (str): 'train' or 'val'. Defaults to 'train'.
+        hold_out (bool): Where there is no folder of validation images, let 'val' be every fifth
+            image of each class (without labels: of all), and 'train' the others; otherwise both
+            are all images. Defaults to False.
+        with_label (bool): Read the labels. Defaults to False.
+        extensions (Sequence[str]): Of image files. Defaults to those of :data:`SUFFIXES`.
+        **kwargs: Those of MMPretrain's ``CustomDataset``: pipeline, ...
+
+    Raises:
+        FileNotFoundError: If ``data_root`` or all of its images are missing.
+        PermissionError: If ``data_root`` cannot be read.
+        ValueError: If it is another kind of file, a line of the list cannot be understood, or
+            labels are missing.
+    """
+
+    def __init__(
+        self,
+        data_root: Name | Path,
+        split: Literal['train', 'val'] = 'train',
+        hold_out: bool = False,
+        with_label: bool = False,
+        extensions: Annotated[Sequence[Name], filled] = SUFFIXES,
+        **kwargs,
+    ) -> None:
+        self.split = split
+        self.hold_out = hold_out
+        super().__init__(
+            data_root=os.path.expanduser(data_root),
+            with_label=with_label,
+            extensions=extensions,
+            **kwargs,
+        )
+
+    def load_data_list(self) -> list[dict]:
+        """List the images of the split.
+
+        Returns:
+            list[dict]: ``img_path``, and ``gt_label`` with labels, of each.
+
+        Raises:
+            OSError: See the class.
+            ValueError: See the class.
+        """
+        try:
+            return self._list()
+        except (OSError, ValueError) as error:
+            raise type(error)(f'ImageSource: data_root={self.data_root!r}: {error}') from error
+
+    def _list(self) -> list[dict]:
+        root, divided = part_of(self.data_root, self.split, self.extensions)
+        images = list(iterate_images(root, self.extensions, self.with_label, warn=True))
+        if not images:
+            check_images(self.data_root, self.split, self.extensions, self.with_label)
+        data: list[dict] = [dict(img_path=path) for path, _ in images]
+        if self.with_label:
+            names = sorted({name for _, name in images if isinstance(name, str)})
+            for info, (_, label) in zip(data, images, strict=True):
+                info['gt_label'] = label
+            if names:
+                numbers = {name: number for number, name in enumerate(names)}
+                data = [dict(info, gt_label=numbers[info['gt_label']]) for info in data]
+            else:
+                names = list(map(str, range(max(info['gt_label'] for info in data) + 1)))
+            self._metainfo.setdefault('classes', tuple(names))
+        if self.hold_out and not divided:
+            data = _deal(data, self.split == 'val')
+            if not data:
+                raise ValueError(
+                    f'{root}: no class has a second image to hold out; take more images, or give '
+                    'training and validation images in folders train and val.'
+                )
+        print_log(f'{self.split}: {len(data)} images of {root}', 'current')
+        return data
+
+
+def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> tuple[Path, bool]:
+    """The folder or list that a split's images are in.
+
+    Args:
+        root (str | Path): Folder or list.
+        split (str): 'train' or 'val'.
+        suffixes (Sequence[str]): Of images. Defaults to :data:`SUFFIXES`.
+
+    Returns:
+        tuple: ``root`` itself, or its sub-folder; and whether other images of ``root`` are there
+        for the other split.
+
+    Raises:
+        FileNotFoundError: If ``root`` does not exist, or has validation images only and others
+            are asked for.
+        PermissionError: If ``root`` cannot be read.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        return root, False
+    folders = {path.name.lower(): path for path in _scan(root)[0]}
+    found = {
+        part: folders.pop(name)
+        for part, names in _PARTS.items()
+        for name in names
+        if name in folders
+    }
+    above = (os.path.realpath(root),)
+    # A class may be called train, as a car is: then others are beside it.
+    if not ({'train', 'val'} & set(found)) or any(
+        next(_walk(folder, suffixes, above), None) for folder in folders.values()
+    ):
+        return root, False
+    if split == 'train' and 'train' not in found:
+        raise FileNotFoundError(
+            f'{root} has the folder {found["val"].name}, but no folder train beside it; give '
+            'the images to train on.'
+        )
+    return found.get(split) or found['train'], len({'train', 'val'} & set(found)) == 2
+
+
+def class_folders(place: Path, suffixes: Sequence[str] = SUFFIXES) -> set[str]:
+    """Names of the folders directly in ``place`` that hold images; none if it is a list."""
+    if not place.is_dir():
+        return set()
+    above = (os.path.realpath(place),)
+    return {path.name for path in _scan(place)[0] if next(_walk(path, suffixes, above), None)}
+
+
+def check_images(
+    root: str | Path,
+    split: str = 'train',
+    suffixes: Sequence[str] = SUFFIXES,
+    with_label: bool = False,
+) -> None:
+    """Check that a place has images, reading no more of it than it takes to find one.
+
+    Args:
+        root (str | Path): Folder or list.
+        split (str): 'train' or 'val'. Defaults to 'train'.
+        suffixes (Sequence[str]): Of images. Defaults to :data:`SUFFIXES`.
+        with_label (bool): Whether labels are needed. Defaults to False.
+
+    Raises:
+        FileNotFoundError: If it, or all of its images, are missing.
+        PermissionError: If it cannot be read.
+        ValueError: If it is another kind of file, or labels are missing.
+    """
+    place, _ = part_of(root, split, suffixes)
+    if next(iterate_images(place, suffixes, with_label), None):
+        return
+    if place.is_file():
+        raise ValueError(f'{place} is empty; write the path of an image on each line.')
+    if with_label and next(_walk(place, suffixes), None):
+        raise ValueError(
+            f'{place} has images, but no sub-folders of images: labels are needed. Make a folder '
+            'for each class, or give a list with a line "PATH LABEL" for each image.'
+        )
+    _scan_all(place)
+    raise FileNotFoundError(
+        f'{place} has no images ({", ".join(sorted(suffixes))}); name a folder that has some, or '
+        'a list of images.'
+    )
+
+
+def iterate_images(
+    place: Path, suffixes: Sequence[str], with_label: bool, warn: bool = False
+) -> Iterator[tuple[str, str | int | None]]:
+    """Images of a folder or a list, with their class folders or numbers if labels are asked for.
+
+    Args:
+        place (Path): Folder or list.
+        suffixes (Sequence[str]): Of images, in lower case.
+        with_label (bool): Whether labels are needed.
+        warn (bool): Log what is passed over. Defaults to False.
+
+    Yields:
+        tuple: Path, and the name of its class, its number in a list, or None without labels.
+
+    Raises:
+        FileNotFoundError: If the place does not exist, or the first files of a list do not.
+        PermissionError: If it cannot be read.
+        ValueError: If it is another kind of file, or a line of a list cannot be understood.
+    """
+    suffixes = tuple(suffixes)
+    if not os.path.lexists(place):
+        raise FileNotFoundError(
+            f'{place} does not exist; give a folder of images, or a text file that lists them.'
+        )
+    if not place.is_dir():
+        yield from _read_list(place, suffixes, with_label)
+        return
+    loose = 0
+    for path in _walk(place, suffixes, warn=warn):
+        way = path.relative_to(place).parts
+        if with_label and len(way) == 1:
+            loose += 1
+        else:
+            yield str(path), way[0] if with_label else None
+    if loose and warn:
+        print_log(f'{place}: passed over {loose} images that are in no class folder', 'current', 30)
+
+
+def _read_list(
+    path: Path, suffixes: tuple[str, ...], with_label: bool
+) -> Iterator[tuple[str, int | None]]:
+    kind = path.suffix.lower()
+    if kind in suffixes:
+        raise ValueError(f'{path} is an image; give the folder that it is in, or a list of images.')
+    if kind in _ARCHIVES:
+        raise ValueError(f'{path} is an archive; unpack it, and give the folder.')
+    try:
+        text = path.read_bytes().decode('utf-8-sig')
+    except PermissionError as error:
+        raise PermissionError(f'{path} cannot be read: permission denied.') from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f'{path} is neither a folder nor a text file that lists images, a path on each line.'
+        ) from error
+    images: list[tuple[Path, int | None]] = []
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line:
+            continue
+        label = None
+        match = _LABELLED.fullmatch(line)
+        if match and match[1].lower().endswith(suffixes):
+            line, label = match[1], int(match[2])
+        elif not line.lower().endswith(suffixes):
+            raise ValueError(
+                f'{path}, line {number}: {line[:80]!r} is neither PATH nor PATH LABEL, with an '
+                f'image ({", ".join(suffixes)}) and a whole number.'
+            )
+        if with_label and label is None:
+            raise ValueError(
+                f'{path}, line {number}: {line!r} has no label; add a number, counted from 0.'
+            )
+        images.append((path.parent / Path(line).expanduser(), label if with_label else None))
+    if images and not any(file.exists() for file, _ in images[:_LOOK]):
+        raise FileNotFoundError(
+            f'{path}: {images[0][0]} and what follows it do not exist; paths in a list are '
+            'relative to its folder.'
+        )
+    yield from ((str(file), label) for file, label in images)
+
+
+def _deal(data: list[dict], held: bool) -> list[dict]:
+    """The images held out, every fifth of each class, or the others."""
+    classes: dict[int | None, list[int]] = {}
+    for i, info in enumerate(data):
+        classes.setdefault(info.get('gt_label'), []).append(i)
+    # Of a small class the last one; the only image of a class is to be trained on.
+    chosen = {
+        i
+        for members in classes.values()
+        if len(members) > 1
+        for i in members[min(_EVERY, len(members)) - 1 :: _EVERY]
+    }
+    return [info for i, info in enumerate(data) if (i in chosen) == held]
+
+
+def _walk(
+    folder: Path, suffixes: Sequence[str], above: tuple[str, ...] = (), warn: bool = False
+) -> Iterator[Path]:
+    """Images below a folder in alphabetical order, without what is hidden."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it is in
+        return
+    try:
+        folders, files = _scan(folder)
+    except PermissionError:
+        if not above:
+            raise
+        if warn:
+            print_log(f'Passed over a folder that cannot be read, {folder}', 'current', 30)
+        return
+    yield from (file for file in files if file.name.lower().endswith(tuple(suffixes)))
+    for path in folders:
+        yield from _walk(path, suffixes, (*above, real), warn)
+
+
+def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders and files of a folder."""
+    found: tuple[list[Path], list[Path]] = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not entry.name.startswith('.'):
+                    found[not entry.is_dir()].append(Path(entry.path))
+    except PermissionError as error:
+        raise PermissionError(
+            f'{folder} cannot be read: permission denied; it needs permission to read and to '
+            'search (chmod u+rx).'
+        ) from error
+    return found
+
+
+def _scan_all(folder: Path) -> None:
+    """Raise the first PermissionError below a folder without images, which explains them."""
+    for path in _scan(folder)[0]:
+        if not path.is_symlink():
+            _scan_all(path)

@@ -1,0 +1,121 @@
+"""What texts of the command line mean for a config."""
+
+import math
+import os
+
+import pytest
+from mmengine.config import Config
+
+from ser_mm.engine.configs import find_config
+from ser_mm.engine.options import resolve_options, set_options
+
+CFG = dict(
+    depths=[1, 2],
+    model=dict(type='A', width=3, scale='dynamic', drop=None, steps=(1, 2), names=['x']),
+    train_dataloader=dict(dataset=dict(data_root='data', data_prefix=dict(img='train'))),
+    load_from=None,
+)
+
+MEANINGS = {
+    'model.width=4': 4,
+    'model.width=1e-3': 1e-3,
+    'model.width=inf': math.inf,
+    'model.width=True': True,
+    'model.width=None': None,
+    'model.width=a': 'a',
+    'model.steps=3,4': [3, 4],
+    'model.steps=(3,4)': (3, 4),
+    'model.steps="[3,4]"': [3, 4],
+    'model.steps=(3)': (3,),
+    'model.steps=3,': [3],
+    'model.steps=[]': [],
+    'model.steps=[(1,2),[a, b c],None]': [(1, 2), ['a', 'b c'], None],
+    'model.names=traffic light,car': ['traffic light', 'car'],
+    "model.names=['a,b','2']": ['a,b', '2'],
+    "model.drop={'type': 'D', 'p': [1, 2]}": {'type': 'D', 'p': [1, 2]},
+    'model.drop=0.5': 0.5,
+    'model.drop_path=0.5': 0.5,
+    'model.type=B, c': 'B, c',
+    'model.scale=512.': 512.0,
+    'model.scale=[1,2]': [1, 2],
+    'model.scale="512"': '512',
+    'model.new="1,2"': '1,2',
+    'train_dataloader.dataset.data_root=/my photos, 2012 (new)': '/my photos, 2012 (new)',
+    'train_dataloader.dataset.data_root=2012': '2012',
+    'train_dataloader.dataset.data_root=~/a': os.path.expanduser('~/a'),
+    'train_dataloader.dataset.data_root=': '',
+    'train_dataloader.dataset.data_prefix=007': '007',
+    'train_dataloader.dataset.ann_file=1e3': '1e3',
+    'train_dataloader.dataset.ann_file=[a.json,b.json]': ['a.json', 'b.json'],
+    'load_from=~/a,b=c.pth': os.path.expanduser('~/a,b=c.pth'),
+    'load_from=None': None,
+    'work_dir=12': '12',
+}
+
+
+@pytest.mark.parametrize('text', MEANINGS)
+def test_meaning(text):
+    key, value = text.split('=', maxsplit=1)
+    found = resolve_options(Config(CFG), {key: value})[key]
+    assert found == MEANINGS[text] and type(found) is type(MEANINGS[text])
+
+
+def test_values_that_are_no_texts_stay():
+    assert resolve_options(Config(CFG), {'model.width': 2.5}) == {'model.width': 2.5}
+
+
+REFUSED = {
+    'modle.width=1': 'the config has no field modle; did you mean model?',
+    'foo=1': 'the config has no field foo; those that are read are load_from, model, train_',
+    '=1': 'the config has no field ;',
+    'model.width.x=1': 'model.width is 3, which has no fields; set it as a whole: model.wid',
+    'model.steps.0=1': 'model.steps is (1, 2), which has no fields',
+    'model.names.0=y': 'set the list as a whole, model.names=[...]',
+    'model.names.1=y': 'model.names is a list of 1; continue with a number from 0 to 0',
+    'model.names.x.y=y': 'model.names is a list of 1',
+    'model.width=[1': 'put it in quotes: model.width=\'"[1"\'',
+    'model.width=(1]': 'the brackets of the list do not match',
+}
+
+
+@pytest.mark.parametrize('text', REFUSED)
+def test_refused(text):
+    key, value = text.split('=', maxsplit=1)
+    with pytest.raises(ValueError) as error:
+        resolve_options(Config(CFG), {key: value})
+    assert REFUSED[text] in str(error.value) and '\n' not in str(error.value)
+
+
+VARIABLES = {
+    'train_pipeline.1.equi_ratio': ['train_dataloader.dataset.pipeline.1.equi_ratio'],
+    'max_epochs': ['train_cfg.max_epochs'],
+    'temperature': ['model.algorithm.head.temperature'],
+    'algorithm.backbone.ser_layer': ['model.algorithm.backbone.ser_layer'],
+    'vis_backends.0.type': ['visualizer.vis_backends.0.type'],
+    'data_preprocessor.to_rgb': ['model.algorithm.data_preprocessor.to_rgb'],
+    'photometry2.1.prob': ['train_dataloader.dataset.pipeline.1.transforms.1.2.prob'],
+    'eval_pipeline.1.scale': [
+        'evaluation.train.pipeline.1.scale',
+        'evaluation.val.pipeline.1.scale',
+    ],
+}
+
+
+@pytest.mark.parametrize('key', VARIABLES)
+def test_a_variable_of_the_config_file_names_what_is_read(key):
+    cfg = Config.fromfile(find_config('ser_mocov3_vits16'))
+    with pytest.raises(ValueError, match='would change nothing') as error:
+        resolve_options(cfg, {key: '1'})
+    for place in VARIABLES[key]:
+        assert place in str(error.value)
+        set_options(cfg, {place: '7'})  # the advice works
+        assert str(resolve_options(cfg, {place: '7'})[place]) == '7'
+
+
+def test_variables_that_code_of_the_user_may_read():
+    cfg = Config(dict(CFG, my_setting=dict(a=1)))
+    set_options(cfg, {'my_setting.a': '2', 'runner_type': 'FlexibleRunner', 'evaluation': 'None'})
+    assert cfg.my_setting.a == 2 and cfg.evaluation is None
+    cfg = Config(dict(data_preprocessor=dict(mean=[1.0]), model=dict(type='A')))
+    set_options(cfg, {'data_preprocessor.mean': '2,3'})  # no copy: models take this one
+    assert cfg.data_preprocessor.mean == [2, 3]
