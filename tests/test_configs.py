@@ -12,7 +12,10 @@ from tests.support.paths import ROOT
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 # Sizes of images and of projectors, and what they are shortened to.
-SHORTER = {'train_dataloader': {224: 64}, 'model': {4096: 64, 8192: 64, 65536: 64}}
+SHORTER = {
+    'train_dataloader': {224: 64, 96: 32},
+    'model': {4096: 64, 8192: 64, 65536: 64, 2048: 64},
+}
 
 
 def walk(value, path):
@@ -69,11 +72,11 @@ def test_trains(config, imagenet_tree, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     steps = re.findall(r'Epoch\(train\) \[1\]\[([12])/2\].* loss: (-?[\d.]+)', run.stdout)
     assert [step for step, _ in steps] == ['1', '2'], run.stdout
-    terms = re.findall(r' loss_ser: (-?[\d.]+)', run.stdout)
-    if cfg.model.type == 'SERAlgorithm':
-        assert len(terms) == 2 and any(float(term) > 0 for term in terms)
-    else:
-        assert not terms
+    name = {'SERAlgorithm': 'loss_ser', 'EquivarianceAlgorithm': 'loss_equi'}.get(cfg.model.type)
+    for term in ('loss_ser', 'loss_equi'):
+        values = re.findall(rf' {term}: (-?[\d.]+)', run.stdout)
+        assert len(values) == 2 * (term == name)
+        assert not values or any(float(value) > 0 for value in values)
 
 
 PAIRS = [path for path in CONFIGS if path.with_name(f'ser_{path.name}') in CONFIGS]
@@ -109,6 +112,30 @@ def test_pair_differs_in_the_ser_lines_only(config):
     assert {key: base[key] for key in rest} == {key: ser[key] for key in rest}
 
 
+ADDONS = 'augself', 'equimod', 'stl', 'essl'
+
+
+@pytest.mark.parametrize('name', ADDONS)
+def test_other_methods_differ_in_their_lines_only(name):
+    """On the policy and the algorithm of the baseline, in the original and the decoupled form."""
+    base = Config.fromfile(ROOT / 'configs/mocov3_vits16.py').to_dict()
+    path = ROOT / f'configs/{name}_mocov3_vits16.py'
+    own = Config.fromfile(path).to_dict()
+    moved = Config.fromfile(path.with_name(f'{path.stem}_layer3.py')).to_dict()
+    backbone = moved['model']['algorithm']['backbone']
+    assert (backbone.pop('ser_layer'), backbone.pop('cls_layer')) == (3, 0)
+    assert moved == own
+    assert own['model']['algorithm'] == base['model']
+    load, views, pack = base['train_dataloader']['dataset'].pop('pipeline')
+    load_own, views_own, pack_own = own['train_dataloader']['dataset'].pop('pipeline')
+    assert (load, pack) == (load_own, pack_own)
+    assert views_own['equi_ratio'] == 0
+    for key in ('num_views', 'transforms'):
+        assert views_own[key] == views[key]
+    rest = base.keys() - {'model', 'train_pipeline'}
+    assert {key: base[key] for key in rest} == {key: own[key] for key in rest}
+
+
 def code_lines(path):
     lines = [line.strip() for line in path.read_text().splitlines()]
     return [line for line in lines if line and not line.startswith('#')]
@@ -118,7 +145,7 @@ def test_ser_configs_hold_what_is_theirs():
     """A SER config inherits its baseline; what it adds fits on a few lines."""
     paths = [*(ROOT / 'configs').glob('ser_*.py'), *(ROOT / 'configs/demo').glob('ser_*.py')]
     lines = {path.stem: code_lines(path) for path in paths}
-    assert len(paths) == 14 and sum(map(len, lines.values())) <= 150
+    assert len(paths) == 16 and sum(map(len, lines.values())) <= 172
     assert len(lines['ser_mocov3_vits16']) <= 14
     assert all(len(line) <= 100 for found in lines.values() for line in found)
 

@@ -21,6 +21,8 @@ photometry1 = [jitter, dict(**blur, prob=1.0)]
 photometry2 = [jitter, dict(**blur, prob=0.1), dict(type='Solarize', thr=128, prob=0.2)]
 view_pipeline1 = [crop, *photometry1, flip]
 view_pipeline2 = [crop, *photometry2, flip]
+# A further view of some configs: a local crop, or the crop that E-SSL turns.
+small_crop = [dict(crop, scale=24, crop_ratio_range=(0.05, 0.25)), jitter, flip]
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

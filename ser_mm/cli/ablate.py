@@ -6,6 +6,8 @@ Sweeps:
     equi_ratio, temperature, loss_weight
                  the config's value times 1/4, 1/2, 1, 2, 4
     gradient     the base algorithm, SER with its gradient cut (the same views), SER
+    addons       the base algorithm, SER, and AugSelf, EquiMod, STL and E-SSL, as their authors have
+                 them and moved to SER's block, with their controls, and what each costs
 
 Points that sweeps have in common are trained once. Finished runs are not trained again,
 interrupted ones resume: run the same command again. At full scale:
@@ -45,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         choices=[*SWEEPS, 'all'],
         metavar='SWEEP',
-        help='sweeps to run, or all',
+        help='sweeps to run, or all, which is all but addons',
     )
     parser.add_argument(
         '--config', default='demo/ser_mocov3', help=f'{CONFIG_HELP} (default: %(default)s)'
@@ -97,8 +99,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_cfg_options(parser, 'override fields of the config of all runs')
     args = parser.parse_args(argv)
-    args.sweeps = SWEEPS if 'all' in args.sweeps else tuple(dict.fromkeys(args.sweeps))
-    if args.values and (len(args.sweeps) != 1 or args.sweeps[0] == 'gradient'):
+    # Other methods are there for some algorithms only.
+    everything = tuple(x for x in SWEEPS if x != 'addons')
+    args.sweeps = everything if 'all' in args.sweeps else tuple(dict.fromkeys(args.sweeps))
+    if args.values and (len(args.sweeps) != 1 or args.sweeps[0] in ('gradient', 'addons')):
         parser.error('--values needs one sweep that has values.')
     return args
 

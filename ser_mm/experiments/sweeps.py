@@ -1,6 +1,8 @@
 """Points of sweeps, the configs of their runs, and what is reported of them."""
 
+import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -10,8 +12,10 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
+from ser_mm.engine.logs import read_scalars
 from ser_mm.engine.schedules import follow_max_epochs
 from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.cost import count_step
 from ser_mm.evaluation.data import check_evaluation
 from ser_mm.evaluation.equivariance import TITLES
 from ser_mm.evaluation.results import (
@@ -25,7 +29,9 @@ from ser_mm.experiments.figures import TRANSFORMATIONS, at_layer, evaluate, stam
 from ser_mm.experiments.runs import check_settings, finished, reserved, train
 from ser_mm.visualization import draw_curves
 
-SWEEPS = ('layer', 'cls', 'equi_ratio', 'temperature', 'loss_weight', 'gradient')
+SWEEPS = ('layer', 'cls', 'equi_ratio', 'temperature', 'loss_weight', 'gradient', 'addons')
+ADDONS = dict(augself='AugSelf', equimod='EquiMod', stl='STL', essl='E-SSL')
+"""Methods that SER was compared with, by the beginning of their configs' names."""
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
 COLUMNS = {
     'probe': 'linear probe',
@@ -43,6 +49,8 @@ IN_CHANNELS = 'model.neck.in_channels'
 STRIDE = 'model.data_preprocessor.patch_size'
 TEMPERATURE = 'model.head.temperature'
 LOSS_WEIGHT = 'model.loss_weight'
+CONFIG, NAME = 'config', 'name'
+"""Fields of a point that is another config than that of the sweeps, and what to call its runs."""
 NAMED = (SER_LAYER, CLS_LAYER, EQUI_RATIO, TEMPERATURE, LOSS_WEIGHT)
 
 Point = dict[str, Any]
@@ -78,7 +86,7 @@ def points(
         cfg (Config): What :func:`load_base` returned.
         sweep (str): Of :data:`SWEEPS`.
         values (Sequence[float], optional): Values of the setting. Defaults to None: those of the
-            sweep; 'gradient' has no others.
+            sweep; 'gradient' and 'addons' have no others.
 
     Returns:
         dict: Settings by value; None stands for the base algorithm without SER.
@@ -89,6 +97,8 @@ def points(
     if sweep == 'gradient':
         return {'baseline': None, 'views only': {LOSS_WEIGHT: 0.0}, 'SER': {}}
     model = build_model(cfg)
+    if sweep == 'addons':
+        return _addons(Path(cfg.filename).stem.removeprefix('ser_'), model.backbone.ser_layer)
     depth = getattr(model.backbone, 'num_layers', None) or model.backbone.num_stages
     pipeline = cfg.train_dataloader.dataset.pipeline
     current = {
@@ -133,6 +143,36 @@ def points(
     }
 
 
+def _addons(base: str, layer: int) -> dict[str, Point | None]:
+    """SER, the methods that it was compared with, in both forms, and their controls."""
+    inside = {
+        'model.algorithm.backbone.ser_layer': layer,
+        'model.algorithm.backbone.cls_layer': 0,
+    }
+    found: dict[str, Point | None] = {
+        'baseline': None,
+        'SER, weight 0': {LOSS_WEIGHT: 0.0},
+        'SER': {},
+    }
+    for key, title in ADDONS.items():
+        own = {CONFIG: f'{key}_{base}', NAME: key}
+        if key == 'stl':  # the others' controls are the baseline, bit by bit
+            found[f'{title}, weight 0'] = {**own, NAME: f'{key},loss_weight=0', LOSS_WEIGHT: 0.0}
+        found[title] = own
+        found[f'{title} after block {layer}'] = {
+            **own,
+            NAME: f'{key},ser_layer={layer}',
+            **inside,
+        }
+    for title, name in {
+        'baseline, E-SSL crops as views': f'{base}_turned_crops',
+        'baseline, 2 + 4 views': f'{base}_multicrop',
+        'SER, 2 + 4 views': f'ser_{base}_multicrop',
+    }.items():
+        found[title] = {CONFIG: name, NAME: name}
+    return found
+
+
 def _field(cfg: Config, place: str) -> Any:
     """What a config says at a place, None if it says nothing."""
     found: Any = cfg
@@ -153,13 +193,22 @@ def run_config(
         seed (int): Seed of the run.
         work_dir (Path): Folder of all sweeps.
         cfg_options (Mapping[str, Any]): What :func:`load_base` was given. The base algorithm takes
-            over what is not of SER.
+            over what is not of SER, another method what is not of a model.
 
     Raises:
-        ValueError: If there is no config of the base algorithm.
+        ValueError: If there is no config of the base algorithm, or of another method.
     """
     config = Path(cfg.filename)
-    if point is None:
+    if point is not None and CONFIG in point:
+        file = config.with_name(f'{point[CONFIG]}.py')
+        if not file.is_file():
+            raise ValueError(f'addons: {config} has no {file.name} beside it.')
+        name, own = point[NAME], Config.fromfile(file)
+        common = {k: v for k, v in cfg_options.items() if not k.startswith('model.')}
+        common.pop(EQUI_RATIO, None)
+        own.merge_from_dict(common)
+        own.merge_from_dict({k: v for k, v in point.items() if k not in (CONFIG, NAME)})
+    elif point is None:
         file = config.with_name(config.name.removeprefix('ser_'))
         if file == config or not file.is_file():
             raise ValueError(f'gradient: {config} has no baseline {file.name} beside it.')
@@ -192,6 +241,24 @@ def ser_layer(cfg: Config, run: Config) -> int:
     return backbone.get('ser_layer') or cfg.model.algorithm.backbone.ser_layer
 
 
+def costs(cfg: Config, runs: Sequence[Config]) -> dict[str, Any]:
+    """What a point of a sweep costs, whatever it learns.
+
+    Args:
+        cfg (Config): What :func:`load_base` returned.
+        runs (Sequence[Config]): Its finished runs.
+
+    Returns:
+        dict[str, Any]: ``views``, their sizes in pixels, ``gflops`` of a step, and the median
+        ``seconds`` of a step of each run. Seconds depend on what else the machine did.
+    """
+    counted = count_step(runs[0], cfg.train_dataloader.batch_size)
+    seconds = [
+        statistics.median(record['time'] for record in read_scalars(own.work_dir)) for own in runs
+    ]
+    return dict(views=counted['views'], gflops=counted['flops'] / 1e9, seconds=seconds)
+
+
 def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: list[int]) -> str:
     """Draw a sweep, and make its table: mean and standard deviation over seeds.
 
@@ -206,6 +273,7 @@ def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: l
         str: Markdown.
     """
     rows, panels = [], {title: {sweep: []} for title in COLUMNS.values()}
+    priced = sweep == 'addons'
     for value, runs in results.items():
         shown = f'{value:g}' if isinstance(value, float) else value
         rows.append([shown])
@@ -213,6 +281,19 @@ def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: l
             values = [run[key] for run in runs]
             rows[-1].append(format_mean(values))
             panels[title][sweep].append((shown, *mean_and_deviation(values)))  # evenly spaced
+        if priced:
+            first = next(iter(results.values()))
+            views = Counter(max(view) for view in runs[0]['cost']['views'])
+            rows[-1] += [
+                ' + '.join(f'{count} x {side}' for side, count in views.items()),
+                f'{runs[0]["cost"]["gflops"] / first[0]["cost"]["gflops"]:.3f}',
+                format_mean(
+                    [
+                        a['cost']['seconds'] / b['cost']['seconds']
+                        for a, b in zip(runs, first, strict=True)
+                    ]
+                ),
+            ]
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(panels, out / f'{sweep}.png', sweep)
     curves = {
@@ -227,7 +308,8 @@ def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: l
         for moves in TRANSFORMATIONS
     }
     draw_curves(curves, out / f'{sweep}_blocks.png', 'block', len(TRANSFORMATIONS))
-    return f'{make_table([sweep, *COLUMNS.values()], rows)}\n\n{describe_seeds(seeds).capitalize()}'
+    titles = [sweep, *COLUMNS.values(), *(('views', 'FLOPs', 'time') if priced else ())]
+    return f'{make_table(titles, rows)}\n\n{describe_seeds(seeds).capitalize()}'
 
 
 def run_sweeps(
@@ -307,6 +389,10 @@ def run_sweeps(
             for value, by_seed in settings.items():
                 print(f'evaluating {sweep} {value}', flush=True)
                 results[value] = [measure(own) for own in by_seed.values()]
+                if sweep == 'addons':
+                    price = costs(cfg, list(by_seed.values()))
+                    for found, seconds in zip(results[value], price.pop('seconds'), strict=True):
+                        found['cost'] = dict(price, seconds=seconds)
             text = report_sweep(out, sweep, results, list(seeds))
             write_results(out, sweep, dict(seeds=list(seeds), results=results), text)
     print(f'Figures are beside them ({time.monotonic() - start:.0f} s).')

@@ -72,6 +72,26 @@ def test_gradient_has_the_arms_of_the_demo():
         folders('gradient', config='ser_byol_vits16')
 
 
+def test_addons_have_both_forms_and_their_controls():
+    found = folders('addons', **{'train_dataloader.batch_size': 64, 'model.head.temperature': 0.3})
+    assert len(set(names(found).values())) == len(found) == 15
+    assert [cfg.train_dataloader.batch_size for cfg in found.values()] == [64] * 15
+    for title, head in dict(
+        AugSelf='AugSelfHead', EquiMod='EquiModHead', STL='STLHead', **{'E-SSL': 'RotationHead'}
+    ).items():
+        original, moved = found[title].model, found[f'{title} after block 2'].model
+        assert original.head == moved.head and original.head.type == head
+        assert 'ser_layer' not in original.algorithm.backbone
+        assert moved.algorithm.backbone.pop('ser_layer') == 2
+        assert moved.algorithm.backbone.pop('cls_layer') == 0
+        assert original.to_dict() == moved.to_dict()
+        assert original.algorithm == found['baseline'].model
+    assert found['STL, weight 0'].model.loss_weight == 0
+    assert found['SER'].model.head.temperature == 0.3
+    with pytest.raises(ValueError, match=r'has no augself_mocov3_r50\.py'):
+        folders('addons', config='ser_mocov3_r50')
+
+
 def test_stages_of_a_resnet_find_their_channels():
     found = folders('layer', config='ser_barlowtwins_r50')
     assert [cfg.model.algorithm.backbone.ser_layer for cfg in found.values()] == [1, 2, 3, 4]

@@ -1,0 +1,16 @@
+# MoCo v3 + E-SSL at toy scale: what differs from mocov3.py is all in this file.
+_base_ = ['mocov3.py']
+
+model = dict(
+    _delete_=True,
+    type='EquivarianceAlgorithm',
+    algorithm=_base_.model,
+    head=dict(type='RotationHead'),
+    loss_weight=0.4,
+)
+
+train_pipeline = _base_.train_pipeline
+train_pipeline[1].update(
+    type='EquivariantViewPipeline', equi_ratio=0, extra_views=[_base_.small_crop]
+)
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
