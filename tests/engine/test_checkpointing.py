@@ -4,14 +4,18 @@ import copy
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
+import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.fileio import LocalBackend
 
 from ser_mm.checkpoint import read_checkpoint
@@ -21,6 +25,7 @@ from ser_mm.engine.checkpointing import (
     find_resumable,
     resume_newest,
 )
+from ser_mm.engine.cpu import close_process_group
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS
 from tests.support.two_ranks import on_two_ranks
@@ -28,26 +33,42 @@ from tests.support.two_ranks import on_two_ranks
 EPOCHS = 4
 
 
-def in_process(function, *args) -> int:
-    """Exit code of a process that runs a function of this module; negative if it was killed."""
+def start(function, *args, ranks=1, store=None):
+    """Processes that run a function of this module, as ranks of a group where there are several."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['tests.engine.test_checkpointing'])
-    process = context.Process(target=_quiet, args=(function, *args))
-    process.start()
-    process.join()
-    return process.exitcode
+    processes = [
+        context.Process(target=_quiet, args=(function, *args), kwargs=dict(group=group))
+        for group in ([None] if ranks == 1 else [(str(store), r, ranks) for r in range(ranks)])
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
-def _quiet(function, *args):
+def ended(processes):
+    """Their exit codes; negative if they were killed."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _quiet(function, *args, group=None):
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     try:
+        if group:
+            store, rank, ranks = group
+            os.environ['LOCAL_RANK'] = str(rank)
+            dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=ranks)
         function(*args)
+        close_process_group()
     except BaseException:
-        traceback.print_exc()
+        if not group:  # the other rank was killed, and says no more than that
+            traceback.print_exc()
         os._exit(1)
 
 
-def train(root, folder, keep, resume=False):
+def train(root, folder, keep, resume=False, epochs=EPOCHS):
     cfg = Config(dict(work_dir=str(folder)))
     if resume:
         resume_newest(cfg)
@@ -56,13 +77,13 @@ def train(root, folder, keep, resume=False):
         short_run.equivariant_views(0.5),
         root,
         folder,
-        epochs=EPOCHS,
+        epochs=epochs,
         resume_from=cfg.get('load_from'),
         checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=keep),
     )
 
 
-def train_and_die(root, folder, keep, moment):
+def train_and_die(root, folder, keep, moment, epochs):
     """Killed before, in the middle of or after the ``moment``-th write, rename or remove."""
     left = [moment]
 
@@ -88,45 +109,103 @@ def train_and_die(root, folder, keep, moment):
         unlink(path, **kwargs)
 
     LocalBackend.put, os.replace, os.unlink = put_and_die, replace_and_die, unlink_and_die
-    train(root, folder, keep)
+    train(root, folder, keep, epochs=epochs)
 
 
-def weights(folder):
-    return read_checkpoint(str(Path(folder, f'epoch_{EPOCHS}.pth')))['state_dict']
+def train_when_told(root, folder, keep, resume):
+    """Everything is loaded when the folder exists."""
+    if get_rank() == 0:
+        Path(folder).mkdir(exist_ok=True)
+    train(root, folder, keep, resume)
+
+
+def weights(folder, epoch):
+    return read_checkpoint(str(Path(folder, f'epoch_{epoch}.pth')))['state_dict']
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(imagenet_tree, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('whole') / 'run'
-    assert in_process(train, imagenet_tree, folder, 3) == 0
-    return weights(folder)
+    """Weights after each of the last epochs on one and on two ranks, and seconds of a run."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp('whole')
+        processes = start(train, imagenet_tree, folder / 'run', 3, ranks=ranks, store=folder / 's')
+        assert ended(processes) == [0] * ranks
+        first = min(file.stat().st_mtime for file in folder.rglob('*.py'))  # the dumped config
+        last = (folder / 'run' / f'epoch_{EPOCHS}.pth').stat().st_mtime
+        after = {epoch: weights(folder / 'run', epoch) for epoch in (2, 3, EPOCHS)}
+        found[ranks] = after, last - first
+    return found
+
+
+def assert_complete(folder, keep):
+    """What has a final name is whole, and there are as many as are to be kept."""
+    complete = sorted(folder.glob('epoch_*.pth'))
+    for file in complete:
+        read_checkpoint(str(file))
+    newest = max((int(file.stem.removeprefix('epoch_')) for file in complete), default=0)
+    assert len(complete) >= min(keep, newest)
+
+
+def assert_ended_as(expected, folder, epochs=EPOCHS):
+    found = weights(folder, epochs)
+    expected = expected[epochs]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not list(folder.glob('*.part'))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('ranks', [1, 2])
 @pytest.mark.parametrize('keep', [1, 2, 3])
 def test_a_kill_at_any_write_rename_or_remove_loses_nothing(
-    keep, imagenet_tree, uninterrupted, tmp_path
+    keep, ranks, imagenet_tree, uninterrupted, tmp_path
 ):
+    epochs = keep + 1  # in the last, the first checkpoint is removed
     kills = 0
-    # Keeping one is the hardest; with more, every third moment once there is one to remove.
-    for moment in range(40) if keep == 1 else range(8, 40, 3):
+    for moment in range(0 if keep == 1 else 4 * keep, 40):  # 4 in an epoch, with a removal 5
         folder = tmp_path / f'moment{moment}'
-        code = in_process(train_and_die, imagenet_tree, folder, keep, moment)
-        if code == 0:
+        args = dict(ranks=ranks, store=tmp_path / f'store{moment}')
+        codes = ended(start(train_and_die, imagenet_tree, folder, keep, moment, epochs, **args))
+        if codes[0] == 0:
             break  # it ended before
-        assert code == -signal.SIGKILL
+        assert codes[0] == -signal.SIGKILL  # the other ends, too
         kills += 1
-        complete = sorted(folder.glob('epoch_*.pth'))
-        for file in complete:
-            read_checkpoint(str(file))  # what has a final name is whole
-        newest = max((int(file.stem.removeprefix('epoch_')) for file in complete), default=0)
-        assert len(complete) >= min(keep, newest)
-        assert in_process(train, imagenet_tree, folder, keep, True) == 0
-        found = weights(folder)
-        assert all(torch.equal(found[name], value) for name, value in uninterrupted.items())
-        assert not list(folder.glob('*.part'))
+        assert_complete(folder, keep)
+        args = dict(ranks=ranks, store=tmp_path / f'again{moment}')
+        codes = ended(start(train, imagenet_tree, folder, keep, True, epochs, **args))
+        assert codes == [0] * ranks
+        assert_ended_as(uninterrupted[ranks][0], folder, epochs)
         shutil.rmtree(folder)
-    assert kills >= (15 if keep == 1 else 3)
+    assert kills == (9 if keep == 1 else 5)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(imagenet_tree, uninterrupted, tmp_path):
+    """Runs that are killed, resumed and killed again until they end; 20 kills in all."""
+    rng = random.Random(0)
+    kills = runs = 0
+    while kills < 20:
+        ranks, keep = 1 + runs % 2, 1 + runs % 3
+        expected, seconds = uninterrupted[ranks]
+        folder = tmp_path / f'run{runs}'
+        runs += 1
+        for attempt in range(100):
+            args = dict(ranks=ranks, store=tmp_path / f'store{runs}.{attempt}')
+            processes = start(train_when_told, imagenet_tree, folder, keep, attempt > 0, **args)
+            while attempt == 0 and not folder.exists():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, seconds))
+            # One rank, or both as where a machine is switched off.
+            victims = rng.choice([processes, processes[:1], processes[-1:]])
+            for process in victims:
+                process.kill()
+            codes = ended(processes)
+            if codes == [0] * ranks:
+                break
+            kills += -signal.SIGKILL in codes
+            assert_complete(folder, keep)
+        assert_ended_as(expected, folder)
 
 
 @pytest.fixture
