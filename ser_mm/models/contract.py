@@ -102,7 +102,8 @@ def try_projector(neck: nn.Module, head: nn.Module, channels: int) -> None:
             if [(2, *shape[2:]) for shape in shapes] != [(2, *grid) for grid in GRIDS]:
                 raise ValueError(f'maps of 2 x {channels} x {GRIDS} become {shapes}')
             part, kind = 'head', type(head).__name__
-            loss = head.loss(projected, projected)
+            maps = [projected] * (3 if getattr(head, 'negatives', None) == 'both' else 2)
+            loss = head.loss(*maps)
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise TypeError(f'its loss is not a tensor without dimensions but {loss!r}')
     except Exception as error:

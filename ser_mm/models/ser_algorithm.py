@@ -104,6 +104,8 @@ class SERAlgorithm(TwoViewWrapper):
             geometry.act(keys[1], geometry.invert(to_2), size_1),
             geometry.act(keys[0], to_2, size_2),
         ]
+        if getattr(self.ser_head, 'negatives', 'other') == 'both':
+            return self.ser_head.loss(queries, moved, keys)
         return self.ser_head.loss(queries, moved)
 
     def _project(self, views: list[ViewBatch]) -> tuple[list[Tensor], list[Tensor]]:

@@ -119,10 +119,12 @@ def maps(case, seed):
     ]
 
 
-def ragged_step(case, block_size, rank):
-    queries, keys = ([x.requires_grad_() for x in maps(case, seed)[rank]] for seed in (0, 1))
-    loss = SERHead(0.3, block_size).loss(queries, keys)
-    grads = torch.autograd.grad(loss, [*queries, *keys], allow_unused=True, materialize_grads=True)
+def ragged_step(case, block_size, negatives, rank):
+    seeds = range(3 if negatives == 'both' else 2)
+    sides = [[x.requires_grad_() for x in maps(case, seed)[rank]] for seed in seeds]
+    loss = SERHead(0.3, block_size, negatives).loss(*sides)
+    inputs = [x for side in sides for x in side]
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads
 
 
@@ -131,9 +133,10 @@ def on_rank(rank):
     reference.float64_positions(pytest.MonkeyPatch())
     steps = {(name, split): step(name, split, rank) for name, split in CASES}
     ragged = {
-        (i, size): ragged_step(case, size, rank)
+        (i, size, negatives): ragged_step(case, size, negatives, rank)
         for i, case in enumerate(RAGGED)
         for size in (1024, 2)
+        for negatives in ('other', 'both')
     }
     return steps, ragged
 
@@ -164,21 +167,22 @@ def test_two_ranks_equal_one(ranks, name, split):
     assert any(grad.any() for grad in averaged[2:]) == (sum(split) > 0)
 
 
+@pytest.mark.parametrize('negatives', ['other', 'both'])
 @pytest.mark.parametrize('block_size', [1024, 2])
 @pytest.mark.parametrize('case', range(len(RAGGED)))
-def test_ragged_maps_on_two_ranks_equal_the_formula(ranks, case, block_size):
+def test_ragged_maps_on_two_ranks_equal_the_formula(ranks, case, block_size, negatives):
     """Grids may differ between ranks, which draw them for themselves."""
-    queries, keys = (maps(RAGGED[case], seed) for seed in (0, 1))
-    leaves = [x.requires_grad_() for side in (queries, keys) for rank in side for x in rank]
+    sides = [maps(RAGGED[case], seed) for seed in range(3 if negatives == 'both' else 2)]
+    leaves = [x.requires_grad_() for side in sides for rank in side for x in rank]
     expected = torch.zeros((), dtype=torch.float64) + 0 * sum(x.sum() for x in leaves)
-    if sum(len(rank[0]) for rank in queries):
+    if sum(len(rank[0]) for rank in sides[0]):
         for direction in range(2):
-            images = [[x for rank in side for x in rank[direction]] for side in (queries, keys)]
-            expected = expected + reference.info_nce(*images, 0.3) / 2
-    results = [ragged[case, block_size] for _, ragged in ranks]
+            queries, keys, *same = [[x for rank in side for x in rank[direction]] for side in sides]
+            expected = expected + reference.info_nce(queries, keys, 0.3, *same) / 2
+    results = [ragged[case, block_size, negatives] for _, ragged in ranks]
     assert_same([sum(loss for loss, _ in results) / 2], [expected.detach()])
-    sides = [(*q, *k) for q, k in zip(queries, keys, strict=True)]
-    for (_, grads), side in zip(results, sides, strict=True):
+    by_rank = [[x for maps_of in rank for x in maps_of] for rank in zip(*sides, strict=True)]
+    for (_, grads), inputs in zip(results, by_rank, strict=True):
         assert_same(
-            [grad / 2 for grad in grads], torch.autograd.grad(expected, side, retain_graph=True)
+            [grad / 2 for grad in grads], torch.autograd.grad(expected, inputs, retain_graph=True)
         )

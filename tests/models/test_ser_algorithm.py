@@ -104,18 +104,22 @@ def loss_ser(model, views, detach_keys):
     e_1, e_2 = (v.elements for v in views)
     size_1, size_2 = (q.shape[-2:] for q in queries)
     moved = reference.relate(keys[1], e_2, e_1, size_1), reference.relate(keys[0], e_1, e_2, size_2)
+    same_view = keys if model.ser_head.negatives == 'both' else [(), ()]
     losses = [
-        reference.info_nce(q, k, model.ser_head.temperature)
-        for q, k in zip(queries, moved, strict=True)
+        reference.info_nce(q, k, model.ser_head.temperature, same)
+        for q, k, same in zip(queries, moved, same_view, strict=True)
     ]
     return sum(losses) / 2
 
 
-@pytest.mark.parametrize('detach_keys', [False, True])
+@pytest.mark.parametrize(
+    'detach_keys, negatives', [(False, 'other'), (True, 'other'), (False, 'both')]
+)
 @algorithms
-def test_loss_ser_is_its_definition(name, detach_keys, monkeypatch):
+def test_loss_ser_is_its_definition(name, detach_keys, negatives, monkeypatch):
     reference.float64_positions(monkeypatch)
-    model = model_of(name, detach_keys=detach_keys, loss_weight=0.7)
+    head = dict(type='SERHead', temperature=0.5, negatives=negatives)
+    model = model_of(name, detach_keys=detach_keys, head=head, loss_weight=0.7)
     grids = ((2, 3), (2, 2))
     views = two_views(2, 3, grids, torch.tensor([[1, 5, 2], [0, 3, 6]]), dtype=torch.float64)
     losses = model.loss(views)

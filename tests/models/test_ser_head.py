@@ -56,6 +56,29 @@ def test_equals_the_formula_in_value_and_gradient(case, block_size):
         assert case in ('no image', 'one image') or grad.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize('block_size', [1024, 4])
+def test_negatives_of_both_views(block_size):
+    """The formula of the paper's summary: tokens of other images in either view."""
+    grids = [(2, 3), (4, 2)]
+    queries, keys, same = (leaves(3, grids, seed=seed) for seed in range(3))
+    head = SERHead(temperature=0.3, block_size=block_size, negatives='both')
+    loss = head.loss(queries, keys, same)
+    expected = sum(
+        reference.info_nce(q, k, 0.3, s) for q, k, s in zip(queries, keys, same, strict=True)
+    ) / len(grids)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    inputs = [*queries, *keys, *same]
+    pairs = zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+    )
+    for grad, other in pairs:
+        torch.testing.assert_close(grad, other, **CLOSE)
+        assert grad.any()
+    assert not torch.equal(loss, SERHead(temperature=0.3).loss(queries, keys))
+    with pytest.raises(ValueError, match="negatives='both' needs the keys of both views"):
+        head.loss(queries, keys)
+
+
 def test_same_maps_on_both_sides():
     """Keys of the online branch: gradient through queries and keys of one tensor."""
     x = leaves(3, [(2, 3), (2, 3)])

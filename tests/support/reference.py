@@ -28,23 +28,25 @@ def relate(maps, element_1, element_2, size):
     )
 
 
-def info_nce(queries, keys, temperature):
+def info_nce(queries, keys, temperature, same_view=()):
     """The loss of one direction, query by query and key by key.
 
     Lists of maps (C, h, w), one per image, whose sizes may differ between images.
     """
-    queries, keys = (
-        [[t / t.norm() for t in x.flatten(1).t()] for x in maps] for maps in (queries, keys)
+    queries, keys, same_view = (
+        [[t / t.norm() for t in x.flatten(1).t()] for x in maps]
+        for maps in (queries, keys, same_view)
     )
     losses = []
     for image, tokens in enumerate(queries):
         for place, q in enumerate(tokens):
             positive = torch.exp(q @ keys[image][place] / temperature)
             total = positive
-            for other, others in enumerate(keys):
-                if other != image:
-                    for k in others:
-                        total = total + torch.exp(q @ k / temperature)
+            for side in (keys, same_view):
+                for other, others in enumerate(side):
+                    if other != image:
+                        for k in others:
+                            total = total + torch.exp(q @ k / temperature)
             losses.append(-torch.log(positive / total))
     return sum(losses) / len(losses)
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,9 +35,13 @@ class SERHead(BaseModule):
     Args:
         temperature (float): :math:`\tau`. Defaults to 0.5.
         block_size (int): Queries whose logits exist at one time. Defaults to 1024.
+        negatives (str): Views whose tokens of other images are negatives: 'other', that of the
+            keys, as in the authors' release; or 'both', as a summary of the paper has the formula.
+            Defaults to 'other'.
 
     Raises:
-        ValueError: If ``temperature`` or ``block_size`` is not a positive number.
+        ValueError: If ``temperature`` or ``block_size`` is not a positive number, or ``negatives``
+            is unknown.
 
     Example:
         >>> head = SERHead(temperature=0.5)
@@ -45,12 +50,23 @@ class SERHead(BaseModule):
         >>> loss = head.loss(queries, keys)
     """
 
-    def __init__(self, temperature: PositiveFloat = 0.5, block_size: Positive = 1024) -> None:
+    def __init__(
+        self,
+        temperature: PositiveFloat = 0.5,
+        block_size: Positive = 1024,
+        negatives: Literal['other', 'both'] = 'other',
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.block_size = block_size
+        self.negatives = negatives
 
-    def loss(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+    def loss(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        same_view: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Loss of this rank, averaged over the directions.
 
         It is scaled such that its mean over ranks, and the mean of its gradients, which is what
@@ -61,33 +77,54 @@ class SERHead(BaseModule):
             queries (Sequence[Tensor]): Projected token map per direction, (N, C, h_v, w_v).
             keys (Sequence[Tensor]): Key maps on the grids of ``queries``, same shapes. Gradient
                 flows to them, across ranks, if they require it.
+            same_view (Sequence[Tensor], optional): Key maps of the view of ``queries``, same
+                shapes, that give further negatives. Needed with ``negatives='both'``, and unused
+                without. Defaults to None.
 
         Returns:
             Tensor: Scalar; 0, still differentiable, where there is no b2 image.
+
+        Raises:
+            ValueError: If ``same_view`` is needed and missing.
         """
+        sides = [keys]
+        if self.negatives == 'both':
+            if same_view is None:
+                raise ValueError(
+                    "SERHead: negatives='both' needs the keys of both views; give same_view, or "
+                    "set negatives='other'."
+                )
+            sides.append(same_view)
         with torch.autocast(queries[0].device.type, enabled=False):
             sizes = _gather_sizes(queries)
             tokens = [[n * length for length in lengths] for n, *lengths in sizes]
             packed_queries = _normalize(queries) / self.temperature
-            packed_keys = _gather(_normalize(keys), [sum(rank) for rank in tokens])
-            by_rank = [k.split(rank) for k, rank in zip(packed_keys, tokens, strict=True)]
+            by_side = []
+            for side in sides:
+                gathered = _gather(_normalize(side), [sum(rank) for rank in tokens])
+                by_side.append([k.split(rank) for k, rank in zip(gathered, tokens, strict=True)])
             losses = []
             for v, q in enumerate(packed_queries.split(tokens[get_rank()])):
                 lengths = [row[1 + v] for row in sizes for _ in range(row[0])]
-                image = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-                k = torch.cat([rank[v] for rank in by_rank])
+                image = np.tile(np.repeat(np.arange(len(lengths)), lengths), len(sides))
+                image = torch.from_numpy(image)
+                k = torch.cat([rank[v] for side in by_side for rank in side])
                 first = sum(rank[v] for rank in tokens[: get_rank()])
-                losses.append(self._direction(q, k, image.to(k.device, non_blocking=True), first))
+                image = image.to(k.device, non_blocking=True)
+                losses.append(self._direction(q, k, image, first, sum(lengths)))
             return sum(losses) * get_world_size() / len(losses)
 
-    def _direction(self, queries: Tensor, keys: Tensor, image: Tensor, first: int) -> Tensor:
+    def _direction(
+        self, queries: Tensor, keys: Tensor, image: Tensor, first: int, total: int
+    ) -> Tensor:
         """This rank's part of the mean over all queries of one direction.
 
         Args:
             queries (Tensor): This rank's, divided by the temperature, (M, C).
-            keys (Tensor): Those of all ranks, (K, C); K queries exist on all ranks together.
+            keys (Tensor): Those of all ranks, (K, C), the positives first.
             image (Tensor): Number of the image that each key belongs to, (K,).
             first (int): Query m has its positive at ``first + m``.
+            total (int): Queries on all ranks together.
         """
         if not len(keys):
             return queries.sum()  # no b2 image on any rank: 0, and a gradient of 0
@@ -96,11 +133,15 @@ class SERHead(BaseModule):
         if len(queries) <= self.block_size:
             # Also for no query at all: the keys that this rank gathered must take part in its
             # backward pass, where the other ranks wait for it.
-            return _block_loss(queries, positive, own, keys, image) / len(keys)
+            return _block_loss(queries, positive, own, keys, image) / total
         blocks = zip(*(x.split(self.block_size) for x in (queries, positive, own)), strict=True)
-        return sum(
-            checkpoint(_block_loss, *block, keys, image, use_reentrant=False) for block in blocks
-        ) / len(keys)
+        return (
+            sum(
+                checkpoint(_block_loss, *block, keys, image, use_reentrant=False)
+                for block in blocks
+            )
+            / total
+        )
 
 
 def _normalize(maps: Sequence[Tensor]) -> Tensor:
