@@ -243,7 +243,7 @@ def test_a_sweep_goes_on_after_an_interruption(tmp_path, capsys):
         time.sleep(0.01)  # epochs take longer on any machine
     first.terminate()  # as a scheduler does; Ctrl-C takes the same way
     _, error = first.communicate(timeout=600)
-    assert first.returncode == 1 and 'the same command continues' in error
+    assert first.returncode and 'the same command continues' in error
     assert not (out / 'layer.json').exists()
 
     subprocess.run(command, cwd=ROOT, check=True)
