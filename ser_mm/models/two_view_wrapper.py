@@ -20,7 +20,7 @@ _PIXELS = {'mean', 'std', 'to_rgb'}
 
 
 class TwoViewWrapper(BaseModel):
-    """What :class:`SERAlgorithm` and :class:`EquivarianceAlgorithm` have in common.
+    """What :class:`~ser_mm.models.SERAlgorithm` and ``EquivarianceAlgorithm`` have in common.
 
     Args:
         algorithm (dict): Config of the wrapped algorithm.
@@ -31,7 +31,7 @@ class TwoViewWrapper(BaseModel):
     """
 
     loss_name: str
-    """Of the objective, in what :meth:`loss` returns."""
+    """Name of the objective in the losses."""
 
     def __init__(
         self,
