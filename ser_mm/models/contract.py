@@ -147,7 +147,8 @@ def seen_views(inputs: list) -> tuple[list, set[int]]:
     Returns:
         tuple[list, set[int]]: The views, and the places of those that nobody has used so far.
     """
-    unseen = set(range(2, len(inputs)))
+    # Those of another kind, as torch's fake tensors, cannot be watched.
+    unseen = {i for i in range(2, len(inputs)) if type(inputs[i]) is Tensor}
     views = list(inputs)
     for i in unseen:
         views[i] = inputs[i].as_subclass(_Watched)

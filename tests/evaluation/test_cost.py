@@ -8,6 +8,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from benchmarks.step import use_two_passes
+from ser_mm.engine.operators import read_config
 from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, EMBED_DIMS, IMAGE, PATCH, build, two_views
@@ -97,3 +98,22 @@ def test_one_pass_for_b1_and_b2_costs_few_operators():
     assert operators['packed'] <= 1.3 * operators['baseline']
     assert operators['two passes'] > 2 * operators['baseline']
     assert counts['packed']['flops'] == counts['two passes']['flops']
+
+
+@pytest.mark.slow
+def test_costs_of_other_methods_are_those_of_the_docs():
+    """Counts, which no machine changes; the extra views make the most of them."""
+    names = dict.fromkeys(['ser', 'augself', 'stl', 'equimod'], '_mocov3_vits16')
+    configs = [f'{name}{rest}' for name, rest in names.items()]
+    configs += ['equimod_mocov3_vits16_layer3', 'essl_mocov3_vits16', 'essl_mocov3_vits16_layer3']
+    configs += ['mocov3_vits16_multicrop']
+    baseline = count_step(read_config('mocov3_vits16'))['flops']
+    ratios = [f'{count_step(read_config(name))["flops"] / baseline:.4f}' for name in configs]
+    assert f'| {" | ".join(ratios)} |' in (ROOT / 'docs/methods.md').read_text()
+
+
+def test_local_crops_are_counted_in_ser():
+    cfg = read_config('demo/ser_mocov3_multicrop')
+    counted = count_step(cfg, 8)
+    assert [max(view) for view in counted['views']] == [48, 48, 24, 24, 24, 24]
+    assert counted['flops'] > count_step(read_config('demo/ser_mocov3'), 8)['flops']
