@@ -332,10 +332,7 @@ def _image_problem(image: Any, masks: bool) -> tuple | None:
         return 'file_name', 'missing or not a name', name, 'give the path below data_prefix.img'
     for key in ('width', 'height'):
         value = image.get(key, _MISSING)
-        # pycocotools draws polygons on a grid of int x int.
-        if not (_is_number(value) and value > 0 and value % 1 == 0) or (
-            masks and type(value) is float
-        ):
+        if not (_is_number(value) and value > 0 and value % 1 == 0):
             what = 'missing' if value is _MISSING else 'that is not a positive whole number'
             return key, what, value, 'give the size of the image file in pixels'
     return None

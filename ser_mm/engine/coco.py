@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from os.path import abspath, exists, isfile, join
 from typing import Any
+from urllib.parse import unquote
 
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
@@ -281,11 +282,19 @@ def _check_images(field: str, dataset: dict, path: str, summary: CocoSummary) ->
         if last not in listed[place] and not exists(join(folder, name)):
             missing.append(name)
     if missing:
+        name = missing[0]
+        remedy = (
+            'set the folder that the names in the file start from with --cfg-options '
+            f'{field}.data_prefix.img=PATH, or add the images'
+        )
+        # As Windows and labelling tools on the web write them.
+        meant = {name.replace('\\', '/'), unquote(name)} - {name}
+        there = next((other for other in meant if exists(join(folder, other))), None)
+        if there:
+            remedy = f'in the file, write {there!r} for {name!r}, and the others likewise'
         raise FileNotFoundError(
-            f'{field}.data_prefix.img = {prefix["img"]!r}: {abspath(join(folder, missing[0]))} '
-            f'does not exist, nor do {len(missing) - 1} others of the {len(files)} images of '
-            f'{path}; set the folder that the names in the file start from with --cfg-options '
-            f'{field}.data_prefix.img=PATH, or add the images.'
+            f'{field}.data_prefix.img = {prefix["img"]!r}: {abspath(join(folder, name))} does not '
+            f'exist ({len(missing)} of the {len(files)} images of {path} are missing); {remedy}.'
         )
     as_stored = _ignores_orientation(dataset.get('pipeline') or ())
     if as_stored is None:

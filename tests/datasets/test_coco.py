@@ -209,9 +209,10 @@ def test_plausible_files_are_accepted():
     coco['images'] += [dict(id=4, file_name='sub/empty.png', width=1, height=1)]
     coco['categories'] += [dict(id=1, name='without objects', supercategory='none')]
     check(coco)
+    coco['images'][0].update(width=100.0, height=80.0)
+    check(coco)
     for entry in coco['annotations']:  # for boxes alone, and training alone
         del entry['segmentation'], entry['iscrowd']
-    coco['images'][0]['width'] = 100.0
     check(coco, masks=False, evaluation=False)
     texts = json.loads(
         re.sub(r'"(id|image_id|category_id)": (\d+)', r'"\1": "\2"', json.dumps(coco))

@@ -1,6 +1,7 @@
 """A config of MMDetection is compared with its annotation files and images before training."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -60,7 +61,7 @@ def test_data_that_fits_is_accepted(root, tmp_path):
         (
             f'{TRAIN}.data_prefix.img',
             'valid/',
-            r"data_prefix.img = 'valid/': .*does not exist, nor",
+            r"data_prefix.img = 'valid/': .*does not exist \(4 of the 4 images",
         ),
         ('val_dataloader.dataset.ann_file', 'more.json', 'val.json has no image with id 99'),
     ],
@@ -154,7 +155,22 @@ def test_images_of_another_size_are_told(root, split):
 
 def test_an_image_that_is_missing_is_told(root):
     next((root / 'train').glob('*')).unlink()
-    with pytest.raises(FileNotFoundError, match='does not exist, nor do 0 others of the 4 images'):
+    with pytest.raises(FileNotFoundError, match=r'does not exist \(1 of the 4 images'):
+        check_coco(config(root))
+
+
+@pytest.mark.parametrize(('file', 'said'), [('sub/a.png', r'sub\a.png'), ('a b.png', 'a%20b.png')])
+def test_a_name_in_another_spelling_is_told(root, file, said):
+    first = sorted((root / 'train').glob('*'))[0]
+    (root / 'train' / 'sub').mkdir()
+    first.rename(root / 'train' / file)
+
+    def rename(content):
+        next(i for i in content['images'] if i['file_name'] == first.name)['file_name'] = said
+
+    change(root, rename, 'train.json')
+    message = re.escape(f'in the file, write {file!r} for {said!r}')
+    with pytest.raises(FileNotFoundError, match=message):
         check_coco(config(root))
 
 
