@@ -1,4 +1,7 @@
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from mmengine import dist
@@ -55,6 +58,11 @@ class SERAlgorithm(TwoViewWrapper):
         detach_keys (bool): Stop the gradient to keys of the online branch, which provides them
             where there is no momentum branch. Keys of a momentum branch never carry gradient.
             Defaults to False.
+        invariance (str): Whether the base loss is one of all images, 'together', as in the authors'
+            release and the paper's Section 3; or the sum of one of b1 and one of b2, 'apart', as a
+            summary of the paper writes it. The latter hands the wrapped algorithm's ``head`` the
+            rows of b1, then those of b2, which several ranks must have in equal numbers. Defaults
+            to 'together'.
         data_preprocessor (dict, optional): Config of the preprocessor; the Runner hands in its
             top-level ``data_preprocessor`` where the model has none. A ``SelfSupDataPreprocessor``,
             MMPretrain's, becomes a :class:`~ser_mm.models.SERDataPreprocessor`. What it leaves out
@@ -82,6 +90,7 @@ class SERAlgorithm(TwoViewWrapper):
         detach_keys: bool = False,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: InitCfg = None,
+        invariance: Literal['together', 'apart'] = 'together',
     ) -> None:
         super().__init__(algorithm, loss_weight, data_preprocessor, init_cfg, needs='token_map')
         # The wrapped algorithm is initialized from the random state that it would have alone.
@@ -91,6 +100,14 @@ class SERAlgorithm(TwoViewWrapper):
         if not dist.is_distributed():
             try_projector(self.ser_neck, self.ser_head, self.backbone.token_map_channels)
         self.detach_keys = detach_keys
+        self.invariance = invariance
+
+    def _report(self, inputs: list[ViewBatch], data_samples: Any) -> dict[str, Tensor]:
+        """The losses of the wrapped algorithm, of all images or of b1 and of b2."""
+        if self.invariance == 'together':
+            return super()._report(inputs, data_samples)
+        with _loss_of_parts(self.algorithm, len(inputs[0].base), len(inputs[0].equi)):
+            return super()._report(inputs, data_samples)
 
     def _objective(self, inputs: list[ViewBatch]) -> dict[str, Tensor]:
         return dict(loss=self._equivariance_loss(inputs[:2]))
@@ -122,6 +139,30 @@ class SERAlgorithm(TwoViewWrapper):
     def _branches(self, view: ViewBatch) -> list[nn.Module]:
         """The online backbone, and the momentum one if a view was handed to it."""
         return [self.backbone, *(x for x in view.token_maps if x is not self.backbone)]
+
+
+@contextmanager
+def _loss_of_parts(algorithm: nn.Module, n1: int, n2: int) -> Iterator[None]:
+    """Let the head of an algorithm add the loss of its first n1 rows and that of the n2 others."""
+    whole = algorithm.head.loss
+    if dist.is_distributed() and len({int(n) for n in dist.all_gather(torch.tensor(n2))}) > 1:
+        raise ValueError(
+            "SERAlgorithm: invariance='apart' needs as many images of b2 on every rank; choose an "
+            'equi_ratio that gives a multiple of the number of ranks in a global batch.'
+        )
+
+    def rows(x: Any, part: slice) -> Any:
+        return x[part] if isinstance(x, Tensor) else [y[part] for y in x]
+
+    def loss(*sides: Any) -> Tensor:
+        parts = [slice(n1)] * (n1 > 0) + [slice(n1, None)] * (n2 > 0)
+        return sum(whole(*(rows(side, part) for side in sides)) for part in parts)
+
+    algorithm.head.loss = loss
+    try:
+        yield
+    finally:
+        del algorithm.head.loss
 
 
 def _build_neck(config: dict | None, backbone: nn.Module) -> nn.Module:

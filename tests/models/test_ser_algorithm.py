@@ -172,6 +172,37 @@ def test_loss_inv_is_that_of_the_wrapped_algorithm(name, n2, monkeypatch):
         )
 
 
+@pytest.mark.parametrize('n2', [0, 4])
+@algorithms
+def test_loss_inv_of_b1_and_b2_apart(name, n2):
+    """By the head's own loss of the rows of each, after one pass of backbone and projector."""
+    model = model_of(name, invariance='apart')
+    twin = copy.deepcopy(model)
+    taken, wholes = [], []
+    own = type(twin.algorithm.head).loss
+
+    def keep(*sides):
+        taken.append(sides)
+        wholes.append(own(twin.algorithm.head, *sides))
+        return wholes[-1]
+
+    twin.invariance, twin.algorithm.head.loss = 'together', keep
+    together = twin.loss(two_views(4, n2, dtype=torch.float64))['loss_inv']
+    head = copy.deepcopy(model.algorithm.head)
+    expected = 0
+    for sides in taken:
+        for part in [slice(4)] + [slice(4, None)] * (n2 > 0):
+            rows = [
+                [x[part] for x in side] if isinstance(side, list) else side[part] for side in sides
+            ]
+            expected = expected + head.loss(*rows)
+    expected = expected * (together / sum(wholes)).detach()  # some take the mean, some the sum
+    losses = model.loss(two_views(4, n2, dtype=torch.float64))
+    torch.testing.assert_close(losses['loss_inv'], expected, **CLOSE)
+    assert 'loss' not in vars(model.algorithm.head)
+    assert any(grad.any() for grad in gradients(model, losses['loss_inv']).values())
+
+
 @pytest.mark.parametrize('name', ['mocov3', 'dino', 'barlowtwins'])
 def test_50_steps_end_where_they_do_with_two_passes(name, monkeypatch):
     """b2 of other sizes in every step, and at times none."""
