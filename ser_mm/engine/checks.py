@@ -9,13 +9,15 @@ from os.path import abspath, exists, isdir, join
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATASETS
-from mmpretrain.datasets import CustomDataset
+from mmpretrain.datasets import BaseDataset, CustomDataset
 from torch.utils.data import DataLoader
 
 from ser_mm.datasets import BundledPhotos, ImageSource
 from ser_mm.datasets.image_source import SUFFIXES, check_images
 
 DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+_FINDS_IMAGES = ('load_data_list', '_find_samples')
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 
@@ -101,7 +103,7 @@ def check_dataset(field: str, dataset: dict, scope: str | None = None) -> None:
         kind = registry.get(kind) if isinstance(kind, str) else kind
     if kind is None:
         return
-    root = dataset.get('data_root') or ''
+    root = os.fspath(dataset.get('data_root') or '')
     # Some data sets make their folder, or download themselves; others live in a remote store.
     if issubclass(kind, BundledPhotos) or 'download' in inspect.signature(kind).parameters:
         return
@@ -124,11 +126,16 @@ def check_dataset(field: str, dataset: dict, scope: str | None = None) -> None:
     if root and not exists(root):
         fail('data_root', root, 'does not exist')
     ann_file = dataset.get('ann_file')
+    expand = os.path.expanduser if issubclass(kind, BaseDataset) else str  # as MMPretrain does
     if ann_file and isinstance(ann_file, str):
+        ann_file = expand(ann_file)
         if not exists(join(root, ann_file)):
             fail('ann_file', join(root, ann_file), 'does not exist')
         return
-    if not issubclass(kind, CustomDataset):
+    # One that finds its images otherwise knows what its folder holds.
+    if not issubclass(kind, CustomDataset) or any(
+        getattr(kind, name) is not getattr(CustomDataset, name) for name in _FINDS_IMAGES
+    ):
         return
 
     # A folder of images: `data_root`, or what `data_prefix` or else `split` names in it.
@@ -136,7 +143,8 @@ def check_dataset(field: str, dataset: dict, scope: str | None = None) -> None:
     if split and exists(join(root, 'meta', f'{split}.txt')):
         return
     prefix = dataset.get('data_prefix') or split
-    folder = join(root, prefix.get('img_path', '') if isinstance(prefix, dict) else prefix)
+    prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else expand(prefix)
+    folder = join(root, prefix)
     key = 'data_root' if root else 'data_prefix'
     suffixes = tuple(suffix.lower() for suffix in dataset.get('extensions') or IMAGE_SUFFIXES)
     if not isdir(folder):

@@ -22,6 +22,8 @@ _ALSO_READ = {
     'sync_bn',
     'find_unused_parameters',
     'compile',
+    'activation_checkpointing',
+    'efficient_conv_bn_eval',
     'tta_model',
     'tta_pipeline',
 }

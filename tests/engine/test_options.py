@@ -1,10 +1,13 @@
 """What texts of the command line mean for a config."""
 
+import inspect
 import math
 import os
+import re
 
 import pytest
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import resolve_options, set_options
@@ -62,6 +65,14 @@ def test_meaning(text):
 
 def test_values_that_are_no_texts_stay():
     assert resolve_options(Config(CFG), {'model.width': 2.5}) == {'model.width': 2.5}
+
+
+def test_what_the_runner_reads_of_its_config_can_be_set():
+    source = inspect.getsource(Runner)
+    read = set(re.findall(r"\bcfg\.get\(\s*'(\w+)'", source))
+    assert {'sync_bn', 'compile'} <= read
+    for name in read:
+        assert resolve_options(Config(CFG), {name: '3'})
 
 
 REFUSED = {
