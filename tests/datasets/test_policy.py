@@ -39,6 +39,8 @@ def test_shipped_configs_derive_the_policy_that_they_used_to_spell_out(path):
     on_device = cfg.model.get('data_preprocessor', {}).get('photometry')
     photometry = [[], []] if on_device else [cfg.photometry1, cfg.photometry2]
     views = [[cfg.crop, *transforms, cfg.flip] for transforms in photometry]
+    if path.stem.endswith('multicrop'):
+        views += 4 * [cfg.get('local_crop') or cfg.small_crop]
     explicit = build(
         views=views, equi_crop=[cfg.crop], equi_views=photometry, equi_ratio=pipeline['equi_ratio']
     )
