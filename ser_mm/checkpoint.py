@@ -98,8 +98,11 @@ _TIMM_NAMES = [
 _TIMM_PATCHES = 'patch_embed.proj.weight'
 
 # What pretraining and classification add to a backbone under the same prefix: classifiers and
-# projectors, the decoder of MAE, the token for masked patches.
-_ADDED = ('head.', 'head_dist.', 'fc.', 'decoder_', 'mask_token')
+# projectors, SwAV's prototypes, the decoder of MAE, the token for masked patches.
+_ADDED = (
+    *('head.', 'head_dist.', 'fc.', 'projection_head.', 'prototypes.'),
+    *('decoder_', 'mask_token'),
+)
 
 # The parts that hold the weights in checkpoints of MMEngine and Lightning, DeiT and MAE, DINO.
 _HOLDERS = ('state_dict', 'model', 'teacher')
@@ -280,7 +283,8 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
 
     MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line. A ViT
     may have timm's names. What is no part of a backbone is left out, under its prefix: classifiers
-    and projectors (``head.``, ``fc.``), the decoder of MAE, the token for masked patches.
+    and projectors (``head.``, ``fc.``, ``projection_head.``), the prototypes of SwAV, the decoder
+    of MAE, the token for masked patches.
 
     Args:
         backbone (nn.Module): The network to fill.
