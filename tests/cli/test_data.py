@@ -110,6 +110,10 @@ TRAINING = {
         ['demo/ser_mocov3', '--cfg-options', 'train_cfg.max_epochs=0'],
         'train_cfg.max_epochs = 0 must be a whole number of at least 1',
     ),
+    'no end of an epoch': (
+        ['demo/ser_mocov3', '--cfg-options', 'train_dataloader.sampler.type=InfiniteSampler'],
+        "'InfiniteSampler' never ends an epoch, but train_cfg.max_epochs = 8; take a Default",
+    ),
     'annotated': (['coco/mask-rcnn_vits16', '--data', 'one'], '--data is for images without annot'),
 }
 
