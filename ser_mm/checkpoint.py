@@ -1,5 +1,6 @@
 """Loading pretrained weights strictly, and without trusting the file."""
 
+import functools
 import io
 import os
 import pickle
@@ -18,6 +19,10 @@ from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A file that is damaged, not a checkpoint, or does not fit what is to be loaded."""
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -98,8 +103,11 @@ _TIMM_NAMES = [
 _TIMM_PATCHES = 'patch_embed.proj.weight'
 
 # What pretraining and classification add to a backbone under the same prefix: classifiers and
-# projectors, the decoder of MAE, the token for masked patches.
-_ADDED = ('head.', 'head_dist.', 'fc.', 'decoder_', 'mask_token')
+# projectors, SwAV's prototypes, the decoder of MAE, the token for masked patches.
+_ADDED = (
+    *('head.', 'head_dist.', 'fc.', 'projection_head.', 'prototypes.'),
+    *('decoder_', 'mask_token'),
+)
 
 # The parts that hold the weights in checkpoints of MMEngine and Lightning, DeiT and MAE, DINO.
 _HOLDERS = ('state_dict', 'model', 'teacher')
@@ -156,11 +164,7 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
     except pickle.UnpicklingError as error:
         if not data.startswith((b'PK\x03\x04', b'\x80')):  # neither of torch's two formats
             raise _damaged(checkpoint, data, error) from error
-        raise pickle.UnpicklingError(
-            f'{checkpoint} holds more than data, and reading it could run code ({_told(error)}); '
-            'if you made it yourself, or trust who did, add --trust-checkpoint to `ser-mm train` '
-            'or `ser-mm test`, or save its state_dict alone.'
-        ) from error
+        raise _unsafe(checkpoint, error) from error
     except Exception as error:  # of many types, by where the file breaks off
         if 'TorchScript' in str(error):
             raise pickle.UnpicklingError(
@@ -170,14 +174,22 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         raise _damaged(checkpoint, data, error) from error
 
 
+def _unsafe(checkpoint: str, error: Exception) -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(
+        f'{checkpoint} holds more than data, and reading it could run code ({_told(error)}); '
+        'if you made it yourself, or trust who did, add --trust-checkpoint to `ser-mm train` '
+        'or `ser-mm test`, or save its state_dict alone.'
+    )
+
+
 def _told(error: Exception) -> str:
     """What a file asked for, out of torch's paragraph."""
-    found = re.search(r'GLOBAL ([\w.]+)', str(error))
-    return found[1] if found else str(error).strip().splitlines()[-1]
+    found = re.search(r'GLOBAL ([\w.]+)|WeightsUnpickler error:\s*(.+)', str(error))
+    return (found[1] or found[2]) if found else str(error).strip().splitlines()[-1]
 
 
-def _damaged(checkpoint: str, data: bytes, error: Exception) -> ValueError:
-    return ValueError(
+def _damaged(checkpoint: str, data: bytes, error: Exception) -> CheckpointError:
+    return CheckpointError(
         f'{checkpoint} ({len(data)} bytes) cannot be read as a checkpoint, '
         f'{type(error).__name__}: {error}; copy or write it again.'
     )
@@ -204,6 +216,8 @@ def guarded_checkpoints(trust: bool = False) -> Iterator[None]:
     _trusted = trust
     if not trust:
         os.environ[_DATA_ONLY] = '1'
+        for prefix, load in before[1].items():
+            CheckpointLoader.register_scheme(prefix, loader=_naming(load), force=True)
         CheckpointLoader.register_scheme('', loader=load_from_local, force=True)
     try:
         with nullcontext() if trust else _data_only():
@@ -213,6 +227,19 @@ def guarded_checkpoints(trust: bool = False) -> Iterator[None]:
         os.environ.pop(_DATA_ONLY, None)
         if value is not None:
             os.environ[_DATA_ONLY] = value
+
+
+def _naming(load: Callable) -> Callable:
+    """A loader of MMEngine's for another place, whose refusal of a file names it."""
+
+    @functools.wraps(load)
+    def loading(filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(filename, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise error if filename in str(error) else _unsafe(filename, error) from error
+
+    return loading
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:
@@ -252,7 +279,7 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
             raise _damaged(checkpoint, data, error) from error
     content = read_checkpoint(checkpoint)
     if not isinstance(content, Mapping):
-        raise ValueError(
+        raise CheckpointError(
             f'{checkpoint} holds a {type(content).__name__}, not weights by name; name a state '
             'dict, or a checkpoint with one.'
         )
@@ -264,7 +291,7 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
         weights = {f'{name}.{key}': x for name, part in parts.items() for key, x in part.items()}
     if not weights:
         told = ', '.join(f'{k} ({type(v).__name__})' for k, v in content.items()) or 'nothing'
-        raise ValueError(
+        raise CheckpointError(
             f'{checkpoint} has no weights by name; it holds {told}. Save the state_dict alone: '
             'torch.save(network.state_dict(), FILE).'
         )
@@ -280,7 +307,8 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
 
     MMEngine's ``Pretrained`` leaves what it cannot fill at its random start with a log line. A ViT
     may have timm's names. What is no part of a backbone is left out, under its prefix: classifiers
-    and projectors (``head.``, ``fc.``), the decoder of MAE, the token for masked patches.
+    and projectors (``head.``, ``fc.``, ``projection_head.``), the prototypes of SwAV, the decoder
+    of MAE, the token for masked patches.
 
     Args:
         backbone (nn.Module): The network to fill.
@@ -304,14 +332,14 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
     weights, left_out = _select(backbone, content, prefix)
     if not weights:
         names = sorted({key.split('.')[0] + '.' for key in content})
-        raise ValueError(
+        raise CheckpointError(
             f"No weight in {checkpoint} starts with prefix='{prefix}'; its names start with "
             f'{", ".join(names)}.'
         )
     try:
         backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint} (prefix='{prefix}') does not fit {type(backbone).__name__}; use the "
             f'backbone config that it was trained with. {error}'
         ) from error
@@ -340,7 +368,7 @@ def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:
     missing = {x: len(needed - _select(backbone, content, x)[0].keys()) for x in sorted(starts)}
     whole = [start for start in missing if not missing[start]]
     if len(whole) > 1:
-        raise ValueError(
+        raise CheckpointError(
             f'{checkpoint} holds {len(whole)} networks that fit {type(backbone).__name__}; name '
             f'one: {" or ".join(f"prefix={start!r}" for start in whole)} (of a '
             'command, by --cfg-options evaluation.prefix=...).'
@@ -382,7 +410,7 @@ class StrictPretrained:
             return
         checkpoint = found[-1].get('checkpoint')
         if not isinstance(checkpoint, str | os.PathLike):
-            raise ValueError(
+            raise CheckpointError(
                 f'{type(self).__name__}: init_cfg has checkpoint={checkpoint!r}; name a file or '
                 'URL.'
             )

@@ -413,10 +413,14 @@ def test_foreign_vit_that_takes_the_mean(tmp_path):
         assert_same_features(vit, backbone, lambda x: vit.fc_norm(x[:, 1:].mean(dim=1)))
 
 
-@pytest.mark.parametrize('wrap', ['torchvision', 'MoCo v2', 'MoCo v3'])
+@pytest.mark.parametrize('wrap', ['torchvision', 'MoCo v2', 'MoCo v3', 'SwAV'])
 def test_foreign_resnet(wrap, tmp_path):
-    theirs, average = resnet18(), resnet18()
+    theirs, average, swav = resnet18(), resnet18(), resnet18()
+    swav.load_state_dict(theirs.state_dict())
+    swav.projection_head = nn.Sequential(nn.Linear(512, 8), nn.BatchNorm1d(8))
+    swav.prototypes = nn.Linear(8, 4, bias=False)
     content = {
+        'SwAV': nn.DataParallel(swav),
         'torchvision': theirs,
         'MoCo v2': nn.DataParallel(modules(encoder_q=theirs, encoder_k=average)),
         'MoCo v3': nn.DataParallel(modules(momentum_encoder=average, base_encoder=theirs)),

@@ -4,12 +4,14 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NoReturn
 
 from mmengine.config import Config
 from mmengine.dist import get_rank, init_dist, is_distributed
@@ -351,8 +353,21 @@ def one_sentence(
     except errors as error:
         if os.environ.get('SER_MM_TRACEBACK'):
             raise
-        rank = f' on rank {get_rank()}' if is_distributed() else ''
-        sys.exit(f'error{rank}: {_explain(error)}')
+        _exit(_explain(error))
+    except KeyError as error:
+        # A type in the config that MMEngine does not know; another key is an error of the code.
+        unknown = re.match(r'(.* is not in the .* registry)\. ', str(error.args[0]))
+        if os.environ.get('SER_MM_TRACEBACK') or not unknown:
+            raise
+        _exit(
+            f'{unknown[1]}; correct the type in the config, or add the module that registers it '
+            'to custom_imports.'
+        )
+
+
+def _exit(sentence: str) -> NoReturn:
+    rank = f' on rank {get_rank()}' if is_distributed() else ''
+    sys.exit(f'error{rank}: {sentence}')
 
 
 def _explain(error: Exception) -> str:

@@ -12,6 +12,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ser_mm.checkpoint import CheckpointError
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     EXPECTED,
@@ -207,7 +208,7 @@ def _train(args: argparse.Namespace, run: _Run) -> None:
         # Builds the data set and the views, and what is wrong with them shows.
         split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
     # What fails from here on is as likely an error of the code, which needs its traceback.
-    foreseen = (FloatingPointError, UnpicklingError, ResumeError)
+    foreseen = (FloatingPointError, UnpicklingError, CheckpointError, ResumeError)
     with one_sentence(foreseen, trust=args.trust_checkpoint):
         runner.train()
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mmengine.dataset import InfiniteSampler
 from torch.utils.data import DataLoader, Dataset
 
 from ser_mm.datasets.exact_split import batch_size_of, view_pipelines
@@ -54,14 +55,25 @@ def pair_batches(loader: DataLoader) -> PairedDraws | None:
         PairedDraws | None: None, and nothing is changed, where no pipeline has ``pair_draws``.
 
     Raises:
-        ValueError: If a batch has an odd number of images.
+        ValueError: If a batch has an odd number of images, or pipelines in the data set make other
+            views of them.
     """
     pipelines = [x for x in view_pipelines(loader.dataset) if x.pair_draws]
     if not pipelines:
         return None
     _check_even(batch_size_of(loader))
-    if not loader.drop_last and hasattr(loader.sampler, '__len__'):
-        _check_even(len(loader.sampler) % (batch_size_of(loader) or 1))
+    sampler = loader.sampler
+    endless = isinstance(sampler, InfiniteSampler)  # its length is of the data set
+    if not (loader.drop_last or endless) and hasattr(sampler, '__len__'):
+        _check_even(len(sampler) % (batch_size_of(loader) or 1))
+    # Images of a pair may come from two data sets of one, so draws are kept in one place.
+    for pipeline in pipelines:
+        if str(pipeline.views) != str(pipelines[0].views):
+            raise ValueError(
+                'EquivariantViewPipeline: pair_draws=True, but the data sets of a run differ in '
+                'views, and a pair may be of two of them; give all the same.'
+            )
+        pipeline.views = pipelines[0].views
     loader.dataset.__getitems__ = PairedDraws(loader.dataset, pipelines)
     return loader.dataset.__getitems__
 

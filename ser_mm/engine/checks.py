@@ -43,13 +43,14 @@ def check_data(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
 
 
 def check_length(cfg: Config) -> None:
-    """Refuse a run without a step.
+    """Refuse a run without a step, or one without an end.
 
     Args:
         cfg (Config): Config of the run.
 
     Raises:
-        ValueError: If ``max_epochs`` or ``max_iters`` is not a whole number of at least 1.
+        ValueError: If ``max_epochs`` or ``max_iters`` is not a whole number of at least 1, or
+            epochs are counted of a sampler that never ends one.
     """
     for name in ('max_epochs', 'max_iters'):
         length = (cfg.get('train_cfg') or {}).get(name)
@@ -57,6 +58,13 @@ def check_length(cfg: Config) -> None:
             continue
         if not isinstance(length, Real) or length != length // 1 or length < 1:
             raise ValueError(f'train_cfg.{name} = {length!r} must be a whole number of at least 1.')
+        sampler = str(((cfg.get('train_dataloader') or {}).get('sampler') or {}).get('type'))
+        if name == 'max_epochs' and sampler.rpartition('.')[2].startswith('InfiniteSampler'):
+            raise ValueError(
+                f'train_dataloader.sampler.type = {sampler!r} never ends an epoch, but '
+                f'train_cfg.max_epochs = {length!r}; take a DefaultSampler, or train by iteration: '
+                'train_cfg=dict(by_epoch=False, max_iters=...).'
+            )
 
 
 def check_batches(loader: DataLoader) -> None:

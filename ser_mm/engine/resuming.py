@@ -53,11 +53,18 @@ class ResumeHook(Hook):
         """Change a checkpoint that a run resumes from.
 
         Raises:
-            ResumeError: If the run is shorter than what the checkpoint was trained for, or its
-                position or schedules cannot be converted.
+            ResumeError: If the checkpoint is not of a run, was trained for longer than this run, or
+                its position or schedules cannot be converted.
         """
-        if not runner._resume or runner._has_loaded or 'iter' not in checkpoint.get('meta', {}):
+        if not runner._resume or runner._has_loaded:
             return
+        missing = {'state_dict', 'meta', 'message_hub'} - set(checkpoint)
+        if missing:
+            raise ResumeError(
+                f'{runner._load_from} has no {", ".join(sorted(missing))}, which a run needs to go '
+                'on; name a checkpoint of a run, or start from these weights by '
+                '--cfg-options load_from=FILE, without --resume.'
+            )
         loop, meta = runner.train_loop, checkpoint['meta']
         saved = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
         before = meta['iter']

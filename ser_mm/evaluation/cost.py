@@ -137,7 +137,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
     parts = {}
     if with_ser:
         # One thing after the other is left out, and what remains is counted again.
-        model.ser_head.loss = lambda queries, keys: sum(x.sum() for x in queries)
+        model.ser_head.loss = lambda queries, *_: sum(x.sum() for x in queries)
         with_neck = count()['flops']
         model.loss = model.algorithm.loss
         network = count()['flops']

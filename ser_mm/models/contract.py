@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,13 +33,22 @@ def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
     Raises:
         ValueError: If ``loss`` fails, does not hand each view to ``backbone`` once, hands them to
             more than one other backbone, or returns no dict of tensors with a loss to minimize; if
-            embeddings are no tuple or too few, or a token map is missing or has another shape than
-            it should. The message is one sentence.
+            embeddings are no tuple or too few, or a token map is missing, has another shape than
+            it should, or carries no gradient. The message is one sentence.
     """
+    for name in ('token_map_channels', 'token_map_stride'):
+        number = getattr(algorithm.backbone, name, None)
+        if number is not None and not (isinstance(number, Integral) and int(number) > 0):
+            raise ValueError(
+                f'{owner}: algorithm={type(algorithm).__name__} cannot be wrapped: {name} of the '
+                f'backbone, {type(algorithm.backbone).__name__}, is {number!r}; set it to an '
+                'integer of at least 1.'
+            )
     trial = deepcopy(algorithm)
     trial.train()
     stride = getattr(trial.backbone, 'token_map_stride', 16)
     channels = getattr(trial.backbone, 'token_map_channels', None)
+    trained = any(p.requires_grad for p in trial.parameters())
     calls = []
 
     def take(module: nn.Module, args: tuple) -> None:
@@ -68,6 +78,13 @@ def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
                         if times != 1:
                             raise ValueError(f'its loss gives a view to `backbone` {times} times')
                         _check_token_maps(view, trial.backbone, (images, channels, *grid))
+                        carries = view.token_maps[trial.backbone].requires_grad
+                        if images and trained and not carries:
+                            raise ValueError(
+                                'the token map of `backbone` carries no gradient, so that SER '
+                                'would train nothing below it: do not detach it, and freeze no '
+                                'stages up to it'
+                            )
                 _check_losses(reported, trial)
     except Exception as error:
         if channels is None and calls:

@@ -175,6 +175,8 @@ def _check_algorithm(owner: str, algorithm: nn.Module, needs: str) -> None:
             remedy = f'backbone.ser_layer={backbone.ser_layer}, set it to 3, say'
         elif isinstance(backbone, ResNet):
             remedy = "use type='SERResNet' with ser_layer=3, say"
+        else:
+            remedy += '; one that you wrote has to tell token_map_channels and token_map_stride'
         raise ValueError(
             f'{owner}: the backbone of {name}, {type(backbone).__name__}, gives no token map; '
             f'{remedy}.'

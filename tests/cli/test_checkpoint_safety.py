@@ -1,9 +1,12 @@
 """No entry point runs code from a checkpoint: each way to hand one in, with a file that would."""
 
 import argparse
+import functools
 import os
 import pathlib
 import pickle
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,43 @@ def test_code_in_a_checkpoint_does_not_run(name, planted, capsys):
     assert end.value.code not in (0, None)
     message = str(end.value) + capsys.readouterr().out
     assert 'holds more than data' in message and '.pth' in message and 'mkdir' in message
+
+
+def test_code_from_a_url_does_not_run(planted, monkeypatch):
+    """MMEngine reads these files by loaders of its own."""
+    monkeypatch.setenv('TORCH_HOME', 'downloads')
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=planted.parent)
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/bad.pth'
+        with pytest.raises(SystemExit, match=f'^error: {url} holds more than data.*mkdir'):
+            command_line.main(train(options=[f'load_from={url}']))
+        server.shutdown()
+    assert not Path('harm').exists()
+
+
+BAD_FILES = {
+    'cut off': (None, 'cannot be read as a checkpoint'),
+    'text': (b'hello\n', 'cannot be read as a checkpoint'),
+    'pickle': (pickle.dumps(dict(state_dict={}), 4), r'\(Unsupported operand'),
+}
+
+
+@pytest.mark.parametrize('content', BAD_FILES)
+def test_what_is_no_checkpoint_is_one_sentence(content, planted):
+    data, message = BAD_FILES[content]
+    planted.write_bytes(planted.read_bytes()[:300] if data is None else data)
+    with pytest.raises(SystemExit, match=rf'^error: bad\.pth .*{message}'):
+        command_line.main(train(options=['load_from=bad.pth']))
+
+
+@pytest.mark.parametrize('argument', ['init_cfg', '--resume'])
+def test_weights_of_another_kind_are_one_sentence(argument, planted):
+    torch.save(dict(state_dict={'a.weight': torch.zeros(1)}), planted)
+    options = backbone_option('model.algorithm.backbone') if argument == 'init_cfg' else ()
+    message = 'does not fit' if options else 'has no message_hub, meta, which a run needs'
+    with pytest.raises(SystemExit, match=rf'^error: bad\.pth .*{message}'):
+        command_line.main(train(*() if options else ('--resume', 'bad.pth'), options=options))
 
 
 class Asks:

@@ -102,9 +102,17 @@ TRAINING = {
         'set train_dataloader.dataset.pipeline.1.equi_ratio',
     ),
     'a slip': (['demo/ser_mocov3', '--cfg-options', 'optim_wraper=1'], 'did you mean optim_wrap'),
+    'a type that is unknown': (
+        ['demo/ser_mocov3', '--cfg-options', 'model.algorithm.backbone.type=SERVisonTransformer'],
+        'SERVisonTransformer is not in the mmpretrain::model registry; correct the type',
+    ),
     'no epoch': (
         ['demo/ser_mocov3', '--cfg-options', 'train_cfg.max_epochs=0'],
         'train_cfg.max_epochs = 0 must be a whole number of at least 1',
+    ),
+    'no end of an epoch': (
+        ['demo/ser_mocov3', '--cfg-options', 'train_dataloader.sampler.type=InfiniteSampler'],
+        "'InfiniteSampler' never ends an epoch, but train_cfg.max_epochs = 8; take a Default",
     ),
     'annotated': (['coco/mask-rcnn_vits16', '--data', 'one'], '--data is for images without annot'),
 }

@@ -128,6 +128,30 @@ def test_pairs_share_crop_jitter_and_gray_and_nothing_else():
     assert names == {'flip', 'blur', 'sigma', 'solarize'}
 
 
+def test_pairs_share_a_jitter_that_is_applied_together_with_a_blur():
+    jitter = dict(type='ColorJitter', brightness=0.4)
+    blur = dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf', prob=0.5)
+    recorded = RecordedView(view([dict(type='RandomApply', transforms=[jitter, blur], prob=0.5)]))
+    jitters, sigmas = set(), set()
+    for i in range(40):
+        seed(i)
+        rows = [recorded(dict(img=image()), as_before=v == 1)[1] for v in range(2)]
+        first, second = (dict(zip(COLUMNS, row.tolist(), strict=True)) for row in rows)
+        assert first['jitter'] == second['jitter']
+        assert first['brightness'] == second['brightness']
+        jitters.add(first['jitter'])
+        sigmas.add(first['sigma'] == second['sigma'])
+    assert jitters == {0, 1} and sigmas == {False, True}
+
+
+def test_ranges_of_one_value():
+    jitter = dict(type='ColorJitter', brightness=(1.25, 1.25))
+    blur = dict(type='GaussianBlur', magnitude_range=(0.0, 0.0), prob=1.0)
+    _, row = RecordedView(view([jitter, blur]))(dict(img=image()))
+    row = dict(zip(COLUMNS, row.tolist(), strict=True))
+    assert (row['brightness'], row['blur'], row['sigma']) == (0.25, 1, 0)
+
+
 def test_a_pair_of_sizes_shares_the_crop_in_shares_of_the_image():
     crop = dict(type='RandomResizedCrop', scale=32)
     recorded = RecordedView(view([crop]))
@@ -182,6 +206,16 @@ class Draw:
         ([dict(type='RandomFlip', prob=0.5), dict(type='RandomResizedCrop', scale=8)], 'begin'),
         ([dict(type='Rotate', angle=30.0)], 'Rotate draws cannot be recorded'),
         ([dict(type='RandomFlip', prob=0.5)] * 2, 'RandomFlip stands twice'),
+        (
+            [
+                dict(
+                    type='RandomApply',
+                    transforms=[dict(type='RandomResizedCrop', scale=8)],
+                    prob=0.5,
+                )
+            ],
+            'RandomResizedCrop is in RandomApply',
+        ),
         ([dict(type='RandomFlip', prob=0.5, direction='vertical')], "direction='horizontal'"),
     ],
 )

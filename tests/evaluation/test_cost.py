@@ -79,6 +79,21 @@ def test_counting_takes_no_memory():
     assert after - before < 2**20  # KiB; no values, no memory: one view would take 12 GB
 
 
+def test_negatives_of_both_views_double_the_loss():
+    """Its products, of queries with keys, and nothing else."""
+    other, both = (
+        count_step(
+            config(
+                dict(ALGORITHMS['mocov3'], head=dict(type='SERHead', negatives=negatives)),
+                short_run.equivariant_views(0.25),
+            ),
+            8,
+        )['parts']
+        for negatives in ('other', 'both')
+    )
+    assert both == dict(other, loss=2 * other['loss'])
+
+
 @pytest.mark.slow
 def test_one_pass_for_b1_and_b2_costs_few_operators():
     init_default_scope('mmpretrain')

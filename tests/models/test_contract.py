@@ -1,6 +1,7 @@
 """Which algorithms SER wraps, and what it says of the others."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.support.algorithms import (
     two_views,
     with_ser,
 )
+from tests.support.paths import ROOT
 from tests.support.two_ranks import on_two_ranks
 
 # Of float64, as in test_ser_algorithm; gradients are around 1e-3.
@@ -134,6 +136,25 @@ class NeverEmpty(Dropping):
 
 
 @MODELS.register_module(force=True)
+class DetachedMap(Dropping):
+    """A backbone whose token map carries no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, EMBED_DIMS, 8, 8)
+
+    def forward(self, x):
+        maps = self.stem(x.equi)
+        x.token_maps[self] = maps.detach()
+        return (torch.cat([y.mean(dim=(2, 3)) for y in (self.stem(x.base), maps)]),)
+
+
+@MODELS.register_module(force=True)
+class StrideOfTwo(DetachedMap):
+    token_map_stride = (8, 8)
+
+
+@MODELS.register_module(force=True)
 class Returning(OwnAlgorithm):
     """Someone's own, whose loss returns something else."""
 
@@ -182,6 +203,18 @@ def test_an_algorithm_of_ones_own_plugs_in(kind):
     assert all(p.grad.abs().max() > 0 for p in [*early, *model.ser_neck.parameters()])
     late = [p for name, p in model.backbone.named_parameters() if name.startswith('layers.2.')]
     assert all(p.grad is None or not p.grad.any() for p in late)
+
+
+def test_the_backbone_of_the_guide_plugs_in():
+    guide = (ROOT / 'docs/howto/own_algorithm.md').read_text()
+    code = next(x for x in re.findall('```python\n(.*?)```', guide, re.S) if 'MyBackbone' in x)
+    exec(code.replace('register_module()', 'register_module(force=True)'), {})
+    algorithm = simsiam(dict(type='MyBackbone'), mlp(128))
+    model = build(dict(type='SERAlgorithm', algorithm=algorithm))
+    losses = model.loss(two_views(), [None] * 9)
+    losses['loss_ser'].backward()
+    assert model.backbone.early[0].weight.grad.abs().max() > 0
+    assert model.backbone(torch.rand(2, 3, 48, 32))[-1].shape == (2, 128)
 
 
 PREDICT = dict(type='LatentPredictHead', predictor=mlp(), loss=dict(type='CosineSimilarityLoss'))
@@ -252,7 +285,7 @@ REFUSED = {
     'neck that does not fit': (simsiam(BACKBONE, mlp(40)), 'mat1 and mat2 shapes'),
     'plain backbone': (
         simsiam(dict(type='VisionTransformer', arch='deit-tiny', img_size=32), mlp(192)),
-        'gives no token map; use',
+        'gives no token map; use .*; one that you wrote has to tell token_map_channels and',
     ),
     'no ser_layer': (
         simsiam(dict(BACKBONE, ser_layer=None), mlp(48)),
@@ -266,6 +299,18 @@ REFUSED = {
     'tensor of embeddings': (
         dict(type='OwnAlgorithm', backbone=dict(type='BareTensor')),
         '`backbone` returns a Tensor, not a tuple of embeddings',
+    ),
+    'no gradient to the token map': (
+        dict(type='OwnAlgorithm', backbone=dict(type='DetachedMap')),
+        'token map of `backbone` carries no gradient',
+    ),
+    'frozen up to the token map': (
+        dict(type='OwnAlgorithm', backbone=dict(BACKBONE, frozen_stages=BACKBONE['ser_layer'])),
+        'freeze no stages up to it',
+    ),
+    'stride of two numbers': (
+        dict(type='OwnAlgorithm', backbone=dict(type='StrideOfTwo')),
+        r'token_map_stride of the backbone, StrideOfTwo, is \(8, 8\); set it to an integer',
     ),
     'b2 never empty': (
         dict(type='OwnAlgorithm', backbone=dict(type='NeverEmpty')),
@@ -353,7 +398,7 @@ def test_trial_leaves_no_trace(name, monkeypatch):
         return model.state_dict(), torch.rand(3), hub.runtime_info
 
     with_trial = built()
-    monkeypatch.setattr('ser_mm.models.two_view_wrapper.try_views', lambda *_: None)
+    monkeypatch.setattr('ser_mm.models.two_view_wrapper.try_views', lambda *args: None)
     without = built()
     assert with_trial[0].keys() == without[0].keys()
     assert all(torch.equal(with_trial[0][key], without[0][key]) for key in without[0])

@@ -36,13 +36,19 @@ class RecordedView:
             once at most, nested in ``RandomApply`` or not.
 
     Raises:
-        ValueError: If a transform is not one of those whose draws are known. The message names it.
+        ValueError: If a transform is not one of those whose draws are known, or stands where they
+            are not. The message names it.
     """
 
     def __init__(self, pipeline: Compose) -> None:
         self.pipeline = pipeline
         self.kinds = _by_kind(pipeline.transforms)
         self.crop = self.kinds.get(RandomResizedCrop)
+        if self.crop is not None and self.crop not in pipeline.transforms:
+            raise ValueError(
+                f'EquivariantViewPipeline: {type(self.crop).__name__} is in RandomApply, where the '
+                'size of the image that it crops is not known; take it out.'
+            )
         self.all = list(_walk(pipeline.transforms))
         self.last: tuple[tuple[int, int], list[dict]] | None = None
 
@@ -94,7 +100,7 @@ class RecordedView:
             ):
                 bounds = getattr(self.kinds[ColorJitter], name)
                 if factor is not None:
-                    row[name] = (factor - (name != 'hue')) / (bounds[1] - bounds[0])
+                    row[name] = (factor - (name != 'hue')) / (bounds[1] - bounds[0] or 1)
         grayscale = drawn.get(RandomGrayscale, {}).get('_random_prob')
         if grayscale is not None:
             row.update(gray=grayscale < self.kinds[RandomGrayscale].prob)
@@ -102,7 +108,7 @@ class RecordedView:
             blur = self.kinds[GaussianBlur]
             sigma = drawn[GaussianBlur].get('random_magnitude', blur.radius)
             largest = blur.radius if blur.magnitude_range is None else max(blur.magnitude_range)
-            row.update(blur=1.0, sigma=sigma / largest)
+            row.update(blur=1.0, sigma=sigma / (largest or 1))
         if not drawn.get(Solarize, {}).get('random_disable', True):
             threshold = drawn[Solarize].get('random_magnitude', self.kinds[Solarize].thr)
             row.update(solarize=1 - threshold / 256)
@@ -143,7 +149,7 @@ def _caching(transforms: Sequence[Any], kept: Sequence[dict] | None) -> Iterator
 
 def _is_shared(transform: Any) -> bool:
     if isinstance(transform, RandomApply):
-        return all(map(_is_shared, transform.transforms.transforms))
+        return any(map(_is_shared, transform.transforms.transforms))
     return isinstance(transform, _SHARED)
 
 
