@@ -211,7 +211,7 @@ def run_config(
     elif point is None:
         file = config.with_name(config.name.removeprefix('ser_'))
         if file == config or not file.is_file():
-            raise ValueError(f'gradient: {config} has no baseline {file.name} beside it.')
+            raise ValueError(f'{config} has no baseline {file.name} beside it, to compare with.')
         name, own = 'baseline', Config.fromfile(file)
         for place, value in cfg_options.items():
             if place.startswith('model.algorithm.'):

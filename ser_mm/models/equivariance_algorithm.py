@@ -8,6 +8,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ser_mm.arguments import InitCfg, ModuleCfg, NaturalFloat, checked
+from ser_mm.models.heads.equivariance_head import EquivarianceHead
+from ser_mm.models.heads.ser_head import SERHead
 from ser_mm.models.two_view_wrapper import TwoViewWrapper
 from ser_mm.views import ViewBatch
 
@@ -44,9 +46,10 @@ class EquivarianceAlgorithm(TwoViewWrapper):
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: At build, if the wrapped algorithm does not meet the contract, ``head`` is as
-            wide as no feature, or photometry on the device hides draws from a head that needs them;
-            at the first batch, if it lacks the views or the record of draws that ``head`` needs.
+        ValueError: At build, if the wrapped algorithm does not meet the contract, ``head`` is
+            not an EquivarianceHead or as wide as no feature, or photometry on the device hides
+            draws from a head that needs them; at the first batch, if it lacks the views or the
+            record of draws that ``head`` needs.
 
     Example:
         >>> backbone = dict(type='SERVisionTransformer', arch='deit-small')
@@ -70,7 +73,7 @@ class EquivarianceAlgorithm(TwoViewWrapper):
         with torch.random.fork_rng(devices=[]):
             inner = self.backbone.ser_layer is not None
             self.equi_norm = nn.LayerNorm(channels, eps=1e-6) if inner else nn.Identity()
-            self.equi_head = MODELS.build({'in_channels': channels, **head})
+            self.equi_head = _build_head(head, channels)
         if self.equi_head.in_channels != channels:
             raise ValueError(
                 f'EquivarianceAlgorithm: head.in_channels={self.equi_head.in_channels}, but '
@@ -118,6 +121,19 @@ class EquivarianceAlgorithm(TwoViewWrapper):
     def _branches(self, view: ViewBatch) -> list[nn.Module]:
         """The online backbone, and the momentum one if a view was handed to it."""
         return [self.backbone, *(x for x in view.features if x is not self.backbone)]
+
+
+def _build_head(config: dict, channels: int) -> nn.Module:
+    """The method, as wide at its input as the features."""
+    kind = MODELS.get(config['type']) if isinstance(config['type'], str) else config['type']
+    if isinstance(kind, type) and not issubclass(kind, EquivarianceHead):
+        raise ValueError(
+            f'EquivarianceAlgorithm: head.type={kind.__name__} has no objective on the features of '
+            'two views; choose AugSelfHead, EquiModHead, STLHead, RotationHead or another '
+            'EquivarianceHead'
+            f'{", or SERAlgorithm around the algorithm" if kind is SERHead else ""}.'
+        )
+    return MODELS.build({'in_channels': channels, **config})
 
 
 @contextmanager

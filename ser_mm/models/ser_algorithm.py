@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ser_mm import geometry
 from ser_mm.arguments import InitCfg, ModuleCfg, NaturalFloat, checked
 from ser_mm.models.contract import try_projector
+from ser_mm.models.heads.equivariance_head import EquivarianceHead
 from ser_mm.models.two_view_wrapper import TwoViewWrapper
 from ser_mm.views import ViewBatch
 
@@ -96,7 +97,7 @@ class SERAlgorithm(TwoViewWrapper):
         # The wrapped algorithm is initialized from the random state that it would have alone.
         with torch.random.fork_rng(devices=[]):
             self.ser_neck = _build_neck(neck, self.backbone)
-            self.ser_head = MODELS.build(dict(dict(type='SERHead'), **(head or {})))
+            self.ser_head = _build_head(head)
         if not dist.is_distributed():
             try_projector(self.ser_neck, self.ser_head, self.backbone.token_map_channels)
         self.detach_keys = detach_keys
@@ -163,6 +164,19 @@ def _loss_of_parts(algorithm: nn.Module, n1: int, n2: int) -> Iterator[None]:
         yield
     finally:
         del algorithm.head.loss
+
+
+def _build_head(config: dict | None) -> nn.Module:
+    """The equivariance loss of token maps."""
+    config = dict(dict(type='SERHead'), **(config or {}))
+    kind = MODELS.get(config['type']) if isinstance(config['type'], str) else config['type']
+    if isinstance(kind, type) and issubclass(kind, EquivarianceHead):
+        raise ValueError(
+            f'SERAlgorithm: head.type={kind.__name__} has an objective on features, not on token '
+            "maps; use type='EquivarianceAlgorithm' around the algorithm, or leave it out for "
+            'SERHead.'
+        )
+    return MODELS.build(config)
 
 
 def _build_neck(config: dict | None, backbone: nn.Module) -> nn.Module:

@@ -213,6 +213,16 @@ def test_what_does_not_fit_is_refused_at_build(change, message):
         build({**config('augself', 'mocov3', 'original'), **change})
 
 
+def test_a_head_of_the_other_wrapper_is_refused():
+    cfg = config('augself', 'mocov3', 'decoupled')
+    with pytest.raises(ValueError, match='head.type=SERHead .* SERAlgorithm around'):
+        build({**cfg, 'head': dict(type='SERHead')})
+    cfg.update(type='SERAlgorithm')
+    for head in (cfg['head'], dict(cfg['head'], in_channels=48)):
+        with pytest.raises(ValueError, match="AugSelfHead .* type='EquivarianceAlgorithm'"):
+            build({**cfg, 'head': head})
+
+
 def test_a_backbone_without_features_is_refused():
     cfg = config('augself', 'mocov3', 'original')
     cfg['algorithm']['backbone'] = dict(

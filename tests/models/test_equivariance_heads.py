@@ -86,7 +86,7 @@ def moco_of(a, b, temperature):
 CONTRASTS = dict(nt_xent=nt_xent_of, moco=moco_of)
 
 
-def augself(head, y, draws):
+def augself(head, y, draws, other=None):
     labels = []
     for one, other in (draws, draws[::-1]):
         rows = {'crop': [], 'color': [], 'flip': [], 'blur': [], 'solarize': []}
@@ -113,7 +113,8 @@ def augself(head, y, draws):
             rows['blur'].append([a['sigma'] - b['sigma']])
             rows['solarize'].append([b['solarize'] - a['solarize']])
         labels.append({k: torch.tensor(v, dtype=torch.float64) for k, v in rows.items()})
-    pairs = torch.cat([torch.cat(y, 1), torch.cat(y[::-1], 1)])
+    of_1, of_2 = other or y
+    pairs = torch.cat([torch.cat([y[0], of_2], 1), torch.cat([y[1], of_1], 1)])
     total = 0
     for name, weight in head.weights.items():
         target = torch.cat([labels[0][name], labels[1][name]])
@@ -187,6 +188,14 @@ def test_augself_equals_its_formula(norm):
     assert {k for k in result if k != 'loss'} == {f'{name}_error' for name in weights}
 
 
+def test_augself_with_the_other_view_of_the_momentum_branch():
+    torch.manual_seed(0)
+    head = AugSelfHead(D, hid_channels=12, other='momentum').double()
+    y, table, kept = features(), draws(), [random(N, D, seed=20 + i) for i in range(2)]
+    loss = head.loss(y, table, momentum=kept)['loss']
+    compare(head, loss, augself(head, y, table, kept), y)
+
+
 @pytest.mark.parametrize('loss', ['nt_xent', 'moco'])
 def test_equimod_equals_its_formula(loss):
     torch.manual_seed(0)
@@ -218,6 +227,11 @@ def test_a_crop_is_turned_in_all_four_ways():
     (turned,) = RotationHead(D).prepare([crops])
     for k, images in enumerate(turned.split(3)):
         assert torch.equal(images, torch.rot90(crops, k, (2, 3)))
+
+
+def test_crops_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match='extra_views makes images of 4 x 6; .* square'):
+        RotationHead(D).prepare([random(3, 3, 4, 6)])
 
 
 def test_rotation_that_is_told_the_answer_is_right():

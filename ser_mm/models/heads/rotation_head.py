@@ -42,8 +42,18 @@ class RotationHead(EquivarianceHead):
         self.classifier = mlp(*[in_channels] * 3, hid_channels, TURNS, norm_cfg=norm_cfg, bias=True)
 
     def prepare(self, extra: Sequence[Tensor]) -> list[Tensor]:
-        """The crops (N, 3, H, H), unturned, then by one, two and three quarter turns."""
+        """The crops (N, 3, H, H), unturned, then by one, two and three quarter turns.
+
+        Raises:
+            ValueError: If they are not square.
+        """
         (crops,) = extra
+        height, width = crops.shape[-2:]
+        if height != width:
+            raise ValueError(
+                f'RotationHead: extra_views makes images of {height} x {width}; quarter turns need '
+                'square ones, end it with a crop or resize to one number.'
+            )
         return [torch.cat([torch.rot90(crops, k, (2, 3)) for k in range(TURNS)])]
 
     def loss(
