@@ -86,7 +86,7 @@ def moco_of(a, b, temperature):
 CONTRASTS = dict(nt_xent=nt_xent_of, moco=moco_of)
 
 
-def augself(head, y, draws, other=None):
+def augself(head, y, draws, momentum=None):
     labels = []
     for one, other in (draws, draws[::-1]):
         rows = {'crop': [], 'color': [], 'flip': [], 'blur': [], 'solarize': []}
@@ -113,7 +113,7 @@ def augself(head, y, draws, other=None):
             rows['blur'].append([a['sigma'] - b['sigma']])
             rows['solarize'].append([b['solarize'] - a['solarize']])
         labels.append({k: torch.tensor(v, dtype=torch.float64) for k, v in rows.items()})
-    of_1, of_2 = other or y
+    of_1, of_2 = momentum or y
     pairs = torch.cat([torch.cat([y[0], of_2], 1), torch.cat([y[1], of_1], 1)])
     total = 0
     for name, weight in head.weights.items():
