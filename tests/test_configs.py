@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 # Sizes of images and of projectors, and what they are shortened to.
 SHORTER = {
     'train_dataloader': {224: 64, 96: 32},
-    'model': {4096: 64, 8192: 64, 65536: 64, 2048: 64},
+    'model': {4096: 64, 8192: 64, 65536: 64},
 }
 
 
