@@ -11,6 +11,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import TRANSFORMS
 
 from ser_mm import geometry
+from ser_mm.draws import NUM_DRAWS, places
 from ser_mm.models import SERDataPreprocessor
 from ser_mm.views import ViewBatch, pack_maps, unpack_maps
 from tests.support import reference
@@ -310,3 +311,37 @@ def test_packing_maps():
         (0, 1, 2, 2),
         (1, 1, 1, 6),
     ]
+
+
+def test_draws_travel_with_the_view_and_the_image_that_they_made():
+    """On ramps, whose mean tells where an image was cropped, to a grey level or so; the second view
+    alone is mirrored.
+    """
+    crop = dict(type='RandomResizedCrop', scale=SIZE, crop_ratio_range=(0.05, 0.3))
+    flipped = [crop, dict(type='RandomFlip', prob=1.0)]
+    transform = pipeline(0, views=[[crop], flipped], equi_views=None, record_draws=True)
+    ramp = np.tile(np.arange(120, dtype=np.uint8)[None, :, None], (80, 1, 3))
+    data = batch(transform, [ramp] * 6)
+    assert data['inputs'][2].shape == (6, 2, NUM_DRAWS)
+    views = SERDataPreprocessor(patch_size=4)(data, training=True)['inputs']
+    assert len(views) == 2
+    left, width, flip = places('left', 'width', 'flip')
+    for v, view in enumerate(views):
+        assert view.draws[:, flip].eq(v).all()
+        middle = 120 * (view.draws[:, left] + view.draws[:, width] / 2) - 0.5
+        means = view.base.mean(dim=(1, 2, 3))
+        assert means.std() > 5  # crops differ
+        torch.testing.assert_close(means, middle, rtol=0, atol=1.5)
+
+
+def test_extra_views_draw_anew_for_each_image_and_by_the_seed():
+    transform = pipeline(0, extra_views=[[CROP], [CROP]])
+    images = np.repeat(photos(1), 4, axis=0)
+
+    def extra():
+        np.random.seed(0)
+        return torch.stack(batch(transform, images)['inputs'][2:4]).flatten(0, 1).flatten(1)
+
+    made = extra()
+    assert len(made.unique(dim=0)) == 8
+    assert torch.equal(extra(), made)

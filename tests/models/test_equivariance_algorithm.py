@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
 from ser_mm.draws import NUM_DRAWS
@@ -159,6 +160,17 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(name, imagenet_tree, tmp_pa
     )
     for state, other in zip(whole[-4:], resumed[-4:], strict=True):
         assert [k for k in state if not torch.equal(state[k], other[k])] == []
+
+
+def test_drop_path_of_extra_views_differs_from_step_to_step():
+    model = build(config('essl', 'mocov3', 'original', drop_path_rate=0.5)).train()
+    hub, inputs = MessageHub.get_current_instance(), batch('essl')
+    losses = []
+    for iteration in (3, 4, 3):
+        hub.update_info('iter', iteration)
+        torch.manual_seed(0)
+        losses.append(copy.deepcopy(model).loss(inputs)['loss_equi'].item())
+    assert losses[0] == losses[2] != losses[1]
 
 
 @cases

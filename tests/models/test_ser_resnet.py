@@ -156,3 +156,18 @@ def test_pretrained_is_strict(tmp_path):
     torch.save(dict(state_dict=state), path)
     with pytest.raises(ValueError, match='layer1.0.bn1.weight'):
         build(init_cfg=init)
+
+
+@pytest.mark.parametrize('ser_layer', [None, 2])
+def test_features_are_the_mean_of_a_stage_and_leave_running_statistics_alone(ser_layer):
+    network = build(ser_layer=ser_layer)
+    network.train()
+    before = copy.deepcopy(dict(network.named_buffers()))
+    x = view().base
+    features = network.features(x)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert all(m.track_running_stats for m in network.modules() if hasattr(m, 'running_mean'))
+    plain = build(out_indices=(0, 1, 2, 3))
+    plain.train()
+    maps = plain(x)
+    torch.testing.assert_close(features, maps[(ser_layer or 4) - 1].mean(dim=(2, 3)))

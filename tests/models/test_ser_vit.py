@@ -326,3 +326,23 @@ def test_frozen_patch_embedding():
     network = vit(ser_layer=2, stop_grad_conv1=True)
     frozen = [n for n, p in network.named_parameters() if not p.requires_grad]
     assert frozen == ['patch_embed.projection.weight', 'patch_embed.projection.bias']
+
+
+@pytest.mark.parametrize('cls_layer', [0, 2])
+@pytest.mark.parametrize('ser_layer', [None, 2])
+def test_features_are_the_cls_token_or_else_the_mean_of_the_patches(ser_layer, cls_layer):
+    """What an ordinary pass gives behind that block, of images of both sizes."""
+    network = vit(ser_layer=ser_layer, cls_layer=cls_layer)
+    views = two_views(4, 3, dtype=torch.float64)
+    views[0].wants_features = True
+    network(views[0])
+    plain = vit(cls_layer=cls_layer, out_type='raw', out_indices=(1, 3))
+    plain.load_state_dict(network.state_dict())
+    expected = []
+    for x in (views[0].base, views[0].equi):
+        tokens = plain(x)[1 if ser_layer is None else 0]
+        late = ser_layer is not None and cls_layer >= ser_layer
+        expected.append(tokens.mean(dim=1) if late else tokens[:, 0])
+        torch.testing.assert_close(network.features(x), expected[-1], **CLOSE)
+    torch.testing.assert_close(views[0].features[network], torch.cat(expected), **CLOSE)
+    assert not views[1].features
