@@ -1,5 +1,7 @@
 import os
 import random
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,16 @@ def quiet():
     """
     MMLogger.get_current_instance().setLevel('WARNING')
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def heeded_interrupts():
+    """A shell lets what it starts in the background ignore SIGINT, and processes of tests with it.
+
+    Commands leave a signal alone that was ignored when they started.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
