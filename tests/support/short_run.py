@@ -96,7 +96,7 @@ def run(
         randomness=dict(seed=3),
         log_level=log_level,
         launcher='pytorch' if is_distributed() else 'none',
-        cfg=cfg or (dict(model_wrapper_cfg=DDP) if is_distributed() else None),
+        cfg={**(cfg or {}), **(dict(model_wrapper_cfg=DDP) if is_distributed() else {})} or None,
         experiment_name=str(work_dir).replace('/', '_'),
     )
     runner.train()
