@@ -126,7 +126,7 @@ def test_published_sweeps_are_reported_from_their_results(file, tmp_path):
     seeds = content['seeds']
     assert f'Seeds {seeds}' in table
     mean = f'{statistics.mean(run["probe"] for run in runs):.3f}'
-    assert (f'{mean} ± ' if len(seeds) > 1 else f'| {mean} |') in table
+    assert (f'{mean} ± ' if len(seeds) > 1 else f' {mean} |') in table
     assert (tmp_path / f'{file.stem}_blocks.png').stat().st_size > 10000
 
 
