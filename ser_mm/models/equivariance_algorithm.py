@@ -111,7 +111,7 @@ class EquivarianceAlgorithm(TwoViewWrapper):
             )
         online, *momentum = (
             [self.equi_norm(view.features[branch]) for view in views]
-            for branch in self._branches(views[0])
+            for branch in self._branches(views[0])[: 2 if head.needs_momentum else 1]
         )
         with _random_numbers_apart(inputs[0].base.device):
             embedded = [self.equi_norm(self.backbone.features(x)) for x in head.prepare(extra)]

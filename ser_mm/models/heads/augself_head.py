@@ -67,6 +67,7 @@ class AugSelfHead(EquivarianceHead):
         weights = dict(crop=0.5, color=0.5) if weights is None else dict(weights)
         self.weights = weights
         self.other = other
+        self.needs_momentum = other == 'momentum'
         self.predictors = nn.ModuleDict(
             {
                 name: mlp(

@@ -13,6 +13,7 @@ class EquivarianceHead(BaseModule):
     Attributes:
         extra_views (int): Views, the last of a batch, that this objective alone sees.
         needs_draws (bool): Whether it reads what was drawn for the views, see :mod:`ser_mm.draws`.
+        needs_momentum (bool): Whether it reads features of the momentum branch.
         needs_pairs (bool): Whether images 2i and 2i + 1 of a batch have to share their draws.
 
     Args:
@@ -21,6 +22,7 @@ class EquivarianceHead(BaseModule):
 
     extra_views = 0
     needs_draws = False
+    needs_momentum = False
     needs_pairs = False
 
     def __init__(self, in_channels: int) -> None:
