@@ -6,7 +6,13 @@ from .exact_split import ExactSplit, split_batches
 from .image_source import ImageSource
 from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
-from .transforms import CheckImageSize, Corrupt, EquivariantViewPipeline, LoadReadableImage
+from .transforms import (
+    CheckImageSize,
+    Corrupt,
+    EquivariantViewPipeline,
+    LoadReadableImage,
+    MoveByD4,
+)
 
 __all__ = [
     'BundledPhotos',
@@ -17,6 +23,7 @@ __all__ = [
     'ExactSplit',
     'ImageSource',
     'LoadReadableImage',
+    'MoveByD4',
     'PairedDraws',
     'SequenceFolder',
     'check_annotations',

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,36 @@ def linear_probe(
 ) -> float:
     """Accuracy of a linear classifier on frozen features.
 
+    Args:
+        train (Tensor): Training features, shape (N, C).
+        train_labels (Tensor): Shape (N,).
+        val (Tensor): Validation features, shape (M, C).
+        val_labels (Tensor): Shape (M,).
+        regularization (float): See :func:`fit_classifier`. Defaults to 1.0.
+        max_iter (int): See :func:`fit_classifier`. Defaults to 1000.
+        solver (str): See :func:`fit_classifier`. Defaults to 'lbfgs'.
+        cache_dir (str | Path, optional): See :func:`fit_classifier`. Defaults to None.
+
+    Returns:
+        float: Share of the validation features classified rightly, in [0, 1].
+
+    Raises:
+        ValueError: If the solver is unknown.
+    """
+    classify = fit_classifier(train, train_labels, regularization, max_iter, solver, cache_dir)
+    return float((classify(val) == val_labels).double().mean())
+
+
+def fit_classifier(
+    train: Tensor,
+    train_labels: Tensor,
+    regularization: float = 1.0,
+    max_iter: int = 1000,
+    solver: str = 'lbfgs',
+    cache_dir: str | Path | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """A linear classifier of frozen features.
+
     - 'lbfgs': logistic regression, solved to convergence on features that are standardized by the
       mean and deviation of the training set, so nothing but its regularization is to be tuned.
     - 'sgd': the best of a sweep of learning rates, see :func:`select_linear_head`, for training
@@ -56,8 +86,6 @@ def linear_probe(
     Args:
         train (Tensor): Training features, shape (N, C).
         train_labels (Tensor): Shape (N,).
-        val (Tensor): Validation features, shape (M, C).
-        val_labels (Tensor): Shape (M,).
         regularization (float): Of 'lbfgs', weight of the squared norm relative to the summed loss,
             the inverse of scikit-learn's ``C``. Defaults to 1.0.
         max_iter (int): Of 'lbfgs', limit of the iterations. Defaults to 1000.
@@ -67,7 +95,7 @@ def linear_probe(
             it is not kept.
 
     Returns:
-        float: Share of the validation features classified rightly, in [0, 1].
+        Callable[[Tensor], Tensor]: Classes (M,) of features (M, C).
 
     Raises:
         ValueError: If the solver is unknown.
@@ -76,7 +104,7 @@ def linear_probe(
         raise ValueError(f'solver={solver!r}: choose one of {", ".join(SOLVERS)}.')
     if solver == 'sgd':
         head, _ = select_linear_head(train, train_labels, cache_dir)
-        return accuracy(head(val).detach(), val_labels)['top1']
+        return lambda features: head(features).detach().argmax(dim=1)
 
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -87,7 +115,7 @@ def linear_probe(
     # The solver's steps are so short that threads spend their time waiting for each other.
     with threadpool_limits(1):
         probe = make_pipeline(StandardScaler(), regression).fit(train.numpy(), train_labels.numpy())
-    return float(probe.score(val.numpy(), val_labels.numpy()))
+    return lambda features: torch.from_numpy(probe.predict(features.numpy()))
 
 
 def fit_linear_heads(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
 from ser_mm.evaluation.backbone import token_maps_of
-from ser_mm.evaluation.data import build_loader, spaced_images
+from ser_mm.evaluation.data import build_loader, dataset_of, spaced_images
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import CachedFeatures, stamp_images
 from ser_mm.evaluation.knn import knn_probe
-from ser_mm.evaluation.linear import choose_solver, linear_probe
+from ser_mm.evaluation.linear import choose_solver, fit_classifier
 from ser_mm.files import read_kept, write_text
 
+ACCURACIES = ('probe', 'probe_turned', 'knn')
 TRANSFORMATIONS = ('rot90', 'flip_lr', 'scale', 'mixture')
 
 
@@ -44,8 +46,10 @@ def evaluate(
         data (str, optional): What :func:`stamp_data` returned, if it is known. Defaults to None.
 
     Returns:
-        dict[str, Any]: Accuracies ``probe`` and ``knn``, and ``layers``, the scores of all blocks
-        by transformation, see :func:`~ser_mm.evaluation.equivariance.equivariance_by_layer`.
+        dict[str, Any]: Accuracies ``probe``, ``probe_turned``, of the same probe on validation
+        images that :class:`~ser_mm.datasets.MoveByD4` has moved, and ``knn``; and ``layers``, the
+        scores of all blocks by transformation, see
+        :func:`~ser_mm.evaluation.equivariance.equivariance_by_layer`.
     """
     file = Path(f'{cfg.work_dir}.json')
     cache = Path(f'{cfg.work_dir}.features')  # for an interruption: those of ImageNet take long
@@ -55,19 +59,21 @@ def evaluate(
         shutil.rmtree(cache, ignore_errors=True)  # of one that was killed at its end
         return kept
     set_random_seed(cfg.randomness.seed)  # of the untrained network
+    cfg = deepcopy(cfg)
+    cfg.evaluation.val_turned = _turned(dataset_of(cfg, 'val'))
     source = CachedFeatures(cfg, checkpoint, cache, num_workers=num_workers)
     train, train_labels = source.load('train')
-    val, val_labels = source.load('val')
-    sets = train, train_labels, val, val_labels
+    sets = dict(probe=source.load('val'), probe_turned=source.load('val_turned'))
     solver = solver or choose_solver(len(train))
     with token_maps_of(source.network.backbone) as token_maps:
         batches = spaced_images(cfg, 'val', images, num_workers=num_workers)
         layers = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
-    found = dict(
-        probe=linear_probe(*sets, solver=solver, cache_dir=cache),
-        knn=knn_probe(*sets),
-        layers=layers,
-    )
+    classify = fit_classifier(train, train_labels, solver=solver, cache_dir=cache)
+    found: dict[str, Any] = {
+        key: float((classify(features) == labels).double().mean())
+        for key, (features, labels) in sets.items()
+    }
+    found |= dict(knn=knn_probe(train, train_labels, *sets['probe']), layers=layers)
     write_text(file, json.dumps(dict(found, about=about), indent=1))
     shutil.rmtree(cache, ignore_errors=True)
     return found
@@ -105,9 +111,15 @@ def read_figures(file: Path) -> dict[str, Any]:
         for layer in (kept['layers'][moves] or [{}])
         for key in ('r2', 'retrieval')
     )
-    if not whole or not all(isinstance(kept[key], float | int) for key in ('probe', 'knn')):
+    if not whole or not all(isinstance(kept[key], float | int) for key in ACCURACIES):
         raise ValueError('it holds no figures')
     return kept
+
+
+def _turned(dataset: dict) -> dict:
+    """The config of a data set whose images are turned and flipped, right before packing."""
+    *steps, pack = dataset['pipeline']
+    return dict(dataset, pipeline=[*steps, dict(type='MoveByD4'), pack])
 
 
 def _about(cfg: Config, checkpoint: str | None, images: int, solver: str | None) -> dict[str, Any]:

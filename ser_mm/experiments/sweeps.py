@@ -1,6 +1,5 @@
 """Points of sweeps, the configs of their runs, and what is reported of them."""
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
-from ser_mm.engine.logs import read_scalars
 from ser_mm.engine.schedules import follow_max_epochs
 from ser_mm.evaluation.backbone import build_model
-from ser_mm.evaluation.cost import count_step
+from ser_mm.evaluation.cost import TrainingStep, count_step, take_turns
 from ser_mm.evaluation.data import check_evaluation
 from ser_mm.evaluation.equivariance import TITLES
 from ser_mm.evaluation.results import (
@@ -35,6 +33,7 @@ ADDONS = dict(augself='AugSelf', equimod='EquiMod', stl='STL', essl='E-SSL')
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
 COLUMNS = {
     'probe': 'linear probe',
+    'probe_turned': 'probe, turned images',
     'knn': 'k-NN',
     'r2': 'R2 at SER layer',
     'retrieval': 'retrieval at SER layer',
@@ -241,22 +240,30 @@ def ser_layer(cfg: Config, run: Config) -> int:
     return backbone.get('ser_layer') or cfg.model.algorithm.backbone.ser_layer
 
 
-def costs(cfg: Config, runs: Sequence[Config]) -> dict[str, Any]:
-    """What a point of a sweep costs, whatever it learns.
+def costs(runs: Mapping[Any, Config]) -> dict[Any, dict[str, Any]]:
+    """What the points of a sweep cost, whatever they learn.
 
     Args:
-        cfg (Config): What :func:`load_base` returned.
-        runs (Sequence[Config]): Its finished runs.
+        runs (Mapping[Any, Config]): A run of each, by value.
 
     Returns:
-        dict[str, Any]: ``views``, their sizes in pixels, ``gflops`` of a step, and the median
-        ``seconds`` of a step of each run. Seconds depend on what else the machine did.
+        dict[Any, dict[str, Any]]: By value, ``views``, their sizes in pixels, ``gflops`` of a step,
+        its ``seconds``, and ``time``, their ratio to those of the first point. Steps are timed in
+        turn, without reading images.
     """
-    counted = count_step(runs[0], cfg.train_dataloader.batch_size)
-    seconds = [
-        statistics.median(record['time'] for record in read_scalars(own.work_dir)) for own in runs
-    ]
-    return dict(views=counted['views'], gflops=counted['flops'] / 1e9, seconds=seconds)
+    sizes = {value: run.train_dataloader.batch_size for value, run in runs.items()}
+    counted = {value: count_step(run, sizes[value]) for value, run in runs.items()}
+    steps = {value: TrainingStep(run, sizes[value]) for value, run in runs.items()}
+    timed = take_turns(steps, rounds=7)
+    return {
+        value: dict(
+            views=counted[value]['views'],
+            gflops=counted[value]['flops'] / 1e9,
+            seconds=timed[value]['seconds'],
+            time=timed[value]['time_ratio'],
+        )
+        for value in runs
+    }
 
 
 def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: list[int]) -> str:
@@ -272,27 +279,28 @@ def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: l
     Returns:
         str: Markdown.
     """
-    rows, panels = [], {title: {sweep: []} for title in COLUMNS.values()}
+    # Sweeps of before have no figures of turned images.
+    columns = {
+        key: title
+        for key, title in COLUMNS.items()
+        if all(key in run for runs in results.values() for run in runs)
+    }
+    rows, panels = [], {title: {sweep: []} for title in columns.values()}
     priced = sweep == 'addons'
     for value, runs in results.items():
         shown = f'{value:g}' if isinstance(value, float) else value
         rows.append([shown])
-        for key, title in COLUMNS.items():
+        for key, title in columns.items():
             values = [run[key] for run in runs]
             rows[-1].append(format_mean(values))
             panels[title][sweep].append((shown, *mean_and_deviation(values)))  # evenly spaced
         if priced:
-            first = next(iter(results.values()))
-            views = Counter(max(view) for view in runs[0]['cost']['views'])
+            first, cost = next(iter(results.values()))[0]['cost'], runs[0]['cost']
+            views = Counter(max(view) for view in cost['views'])
             rows[-1] += [
                 ' + '.join(f'{count} x {side}' for side, count in views.items()),
-                f'{runs[0]["cost"]["gflops"] / first[0]["cost"]["gflops"]:.3f}',
-                format_mean(
-                    [
-                        a['cost']['seconds'] / b['cost']['seconds']
-                        for a, b in zip(runs, first, strict=True)
-                    ]
-                ),
+                f'{cost["gflops"] / first["gflops"]:.3f}',
+                f'{cost["time"]:.2f}',
             ]
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(panels, out / f'{sweep}.png', sweep)
@@ -308,7 +316,7 @@ def report_sweep(out: Path, sweep: str, results: dict[Any, list[dict]], seeds: l
         for moves in TRANSFORMATIONS
     }
     draw_curves(curves, out / f'{sweep}_blocks.png', 'block', len(TRANSFORMATIONS))
-    titles = [sweep, *COLUMNS.values(), *(('views', 'FLOPs', 'time') if priced else ())]
+    titles = [sweep, *columns.values(), *(('views', 'FLOPs', 'time') if priced else ())]
     return f'{make_table(titles, rows)}\n\n{describe_seeds(seeds).capitalize()}'
 
 
@@ -389,10 +397,11 @@ def run_sweeps(
             for value, by_seed in settings.items():
                 print(f'evaluating {sweep} {value}', flush=True)
                 results[value] = [measure(own) for own in by_seed.values()]
-                if sweep == 'addons':
-                    price = costs(cfg, list(by_seed.values()))
-                    for found, seconds in zip(results[value], price.pop('seconds'), strict=True):
-                        found['cost'] = dict(price, seconds=seconds)
+            if sweep == 'addons':
+                first = {value: next(iter(by_seed.values())) for value, by_seed in settings.items()}
+                for value, cost in costs(first).items():
+                    for found in results[value]:
+                        found['cost'] = cost
             text = report_sweep(out, sweep, results, list(seeds))
             write_results(out, sweep, dict(seeds=list(seeds), results=results), text)
     print(f'Figures are beside them ({time.monotonic() - start:.0f} s).')

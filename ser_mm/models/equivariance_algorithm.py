@@ -47,7 +47,8 @@ class EquivarianceAlgorithm(TwoViewWrapper):
 
     Raises:
         ValueError: At build, if the wrapped algorithm does not meet the contract, ``head`` is
-            not an EquivarianceHead or as wide as no feature, or photometry on the device hides
+            not an EquivarianceHead, as wide as no feature or in need of a momentum branch that
+            there is not, or photometry on the device hides
             draws from a head that needs them; at the first batch, if it lacks the views or the
             record of draws that ``head`` needs.
 
@@ -78,6 +79,13 @@ class EquivarianceAlgorithm(TwoViewWrapper):
             raise ValueError(
                 f'EquivarianceAlgorithm: head.in_channels={self.equi_head.in_channels}, but '
                 f'features have {channels} channels; leave it out.'
+            )
+        kind = type(self.backbone)
+        twins = [x for x in self.algorithm.modules() if type(x) is kind and x is not self.backbone]
+        if self.equi_head.needs_momentum and not twins:
+            raise ValueError(
+                f"EquivarianceAlgorithm: head.other='momentum', but {algorithm['type']} has no "
+                "momentum branch; set head.other='online', or leave it out."
             )
         hidden = self.equi_head.needs_draws or self.equi_head.needs_pairs
         if hidden and self.data_preprocessor.photometry:

@@ -224,6 +224,14 @@ def test_what_cannot_be_recorded_is_named(transforms, message):
         RecordedView(view(transforms))
 
 
+def test_a_list_of_one_direction_is_recorded():
+    flip = dict(type='RandomFlip', prob=1.0, direction=['horizontal'])
+    recorded = RecordedView(view([flip]))
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    made, row = recorded(dict(img=image), False)
+    assert (made['img'] == image[:, ::-1]).all() and row[COLUMNS.index('flip')] == 1
+
+
 def test_mmcv_keeps_what_the_recorder_reads():
     """Names that MMCV and MMPretrain do not promise."""
     from mmcv.transforms.utils import cache_randomness

@@ -26,7 +26,7 @@ from ser_mm.engine.checkpointing import (
     resume_newest,
 )
 from ser_mm.engine.cpu import close_process_group
-from tests.support import short_run
+from tests.support import heads, short_run
 from tests.support.algorithms import ALGORITHMS
 from tests.support.two_ranks import on_two_ranks
 
@@ -68,13 +68,16 @@ def _quiet(function, *args, group=None):
         os._exit(1)
 
 
-def train(root, folder, keep, resume=False, epochs=EPOCHS):
+def train(root, folder, keep, resume=False, epochs=EPOCHS, method=None):
     cfg = Config(dict(work_dir=str(folder)))
     if resume:
         resume_newest(cfg)
+    model, views = ALGORITHMS['simsiam'], short_run.equivariant_views(0.5)
+    if method:  # beside SER
+        model, views = heads.config(method, 'mocov3', 'original'), heads.views(method)
     short_run.run(
-        ALGORITHMS['simsiam'],
-        short_run.equivariant_views(0.5),
+        model,
+        views,
         root,
         folder,
         epochs=epochs,
@@ -83,7 +86,7 @@ def train(root, folder, keep, resume=False, epochs=EPOCHS):
     )
 
 
-def train_and_die(root, folder, keep, moment, epochs):
+def train_and_die(root, folder, keep, moment, epochs, method=None):
     """Killed before, in the middle of or after the ``moment``-th write, rename or remove."""
     left = [moment]
 
@@ -109,7 +112,7 @@ def train_and_die(root, folder, keep, moment, epochs):
         unlink(path, **kwargs)
 
     LocalBackend.put, os.replace, os.unlink = put_and_die, replace_and_die, unlink_and_die
-    train(root, folder, keep, epochs=epochs)
+    train(root, folder, keep, epochs=epochs, method=method)
 
 
 def train_when_told(root, folder, keep, resume):
@@ -208,6 +211,21 @@ def test_kills_at_random_moments_lose_nothing(imagenet_tree, uninterrupted, tmp_
             assert_complete(folder, keep)
         assert codes == [0] * ranks
         assert_ended_as(expected, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', heads.HEADS)
+def test_a_killed_run_of_another_method_loses_nothing(method, imagenet_tree, tmp_path):
+    """Killed while it writes its second checkpoint."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    [code] = ended(start(train, imagenet_tree, whole, 2, False, 2, method))
+    assert code == 0
+    [code] = ended(start(train_and_die, imagenet_tree, killed, 2, 5, 2, method))
+    assert code == -signal.SIGKILL and (killed / 'epoch_1.pth').exists()
+    assert not (killed / 'epoch_2.pth').exists()
+    [code] = ended(start(train, imagenet_tree, killed, 2, True, 2, method))
+    assert code == 0
+    assert_ended_as({2: weights(whole, 2)}, killed, 2)
 
 
 @pytest.fixture

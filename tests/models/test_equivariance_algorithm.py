@@ -270,6 +270,32 @@ def test_views_for_another_head_are_refused_before_the_first_step(
         short_run.run(config(name, 'mocov3', 'original'), pipeline, imagenet_tree, tmp_path)
 
 
+def test_a_momentum_branch_that_is_not_there_is_refused():
+    head = dict(HEADS['augself'], other='momentum')
+    build({**config('augself', 'mocov3', 'original'), 'head': head})
+    with pytest.raises(ValueError, match="SimSiam has no momentum branch; set head.other='online'"):
+        build({**config('augself', 'simsiam', 'original'), 'head': head})
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_extra_views_of_several_sizes_are_refused(num_workers, imagenet_tree):
+    resize = dict(type='RandomResize', scale=(64, 64), ratio_range=(0.5, 1.0))
+    pipeline = dict(views('essl'), extra_views=[[resize]])
+    steps = [dict(type='LoadImageFromFile'), pipeline, dict(type='PackInputs')]
+    data = dict(type='CustomDataset', data_root=str(imagenet_tree), data_prefix='train')
+    loader = Runner.build_dataloader(
+        dict(
+            batch_size=16,
+            num_workers=num_workers,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='default_collate'),
+            dataset=dict(data, pipeline=steps),
+        )
+    )
+    with pytest.raises(ValueError, match='images of a batch differ in size .* to one size'):
+        next(iter(loader))
+
+
 def test_draws_beside_b2_are_refused():
     for option in ('record_draws', 'pair_draws'):
         pipeline = dict(views('essl'), equi_ratio=0.1, **{option: True})

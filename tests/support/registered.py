@@ -149,6 +149,7 @@ def rows(folder: Path) -> dict[str, Row]:
         ImageSource=Row(dict(data_root=str(folder), serialize_data=False)),
         LoadReadableImage=Row({}, lambda built: built(dict(img_path=str(path)))),
         MomentumUpdateHook=Row({}),
+        MoveByD4=Row({}, lambda built: built(dict(img=image, sample_idx=0))),
         MultiCropMoCoV3=Row(typeless(mocov3), local_crops),
         NonFiniteLossHook=Row({}),
         ResumeHook=Row({}),

@@ -193,7 +193,7 @@ def _by_kind(transforms: Iterable[Any]) -> dict[type, Any]:
                 f'EquivariantViewPipeline: {name} comes after {next(iter(found)).__name__}, but '
                 'the record gives the crop in the image as it was; let views begin with it.'
             )
-        if kind is RandomFlip and transform.direction != 'horizontal':
+        if kind is RandomFlip and transform.direction not in ('horizontal', ['horizontal']):
             raise ValueError(
                 f'EquivariantViewPipeline: RandomFlip.direction={transform.direction!r} cannot be '
                 "recorded; choose direction='horizontal'."
