@@ -40,10 +40,13 @@ lint: env-dev
 docs: env-dev
 	.venv/bin/python -m sphinx -W --keep-going -q docs work_dirs/docs
 
+# Two tests at a time, of one thread each; those of one file run in one process, for their fixtures.
+pytest = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 # Exit status 5 means that no test was selected: no slow tests is no failure.
 test: env-operators lint
-	.venv/bin/python -m pytest -m 'not slow'
-	.venv/bin/python -m pytest -m slow || [ $$? -eq 5 ]
+	$(pytest) -m 'not slow'
+	$(pytest) -m slow || [ $$? -eq 5 ]
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
