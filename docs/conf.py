@@ -58,7 +58,7 @@ nitpick_ignore_regex = [
     # Words of "Args:" and types of other packages, which are not linked.
     ('py:class', r'optional|BaseDataPreprocessor|Callable|Config|Counter.*|DataLoader|DataSample'),
     ('py:class', r'Figure|Generator|Iterable|Iterator|Mapping|Optimizer|Path|Sequence|Tensor'),
-    ('py:class', r'Compose|Dataset|Runner|_ParamScheduler'),
+    ('py:class', r'Compose|Dataset|Image|Runner|_ParamScheduler'),
     ('py:.*', r'(argparse|collections|mmengine|mmpretrain|nn|np|numpy|pickle|torch)\..*'),
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import ser_mm
 
 COMMANDS = {
+    'pretrain': 'pretrain a backbone on a folder of images, and show what it learned',
     'train': 'train a model, self-supervised or other, from a config',
     'test': 'evaluate a classifier or a detector on the test data of its config',
     'probe': 'linear probe and k-NN of a frozen backbone',

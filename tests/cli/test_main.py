@@ -46,7 +46,7 @@ def test_an_unknown_command_is_one_sentence(capsys):
         "ser-mm: error: unknown command 'tain'; did you mean train?\n"
     )
     assert ser_mm('xyz') == 2
-    assert 'choose one of train, test, ' in capsys.readouterr().err
+    assert 'choose one of pretrain, train, ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['probe', 'robustness'])
