@@ -6,6 +6,7 @@ from .exact_split import ExactSplit, split_batches
 from .image_source import ImageSource
 from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
+from .tiny_imagenet import TinyImageNet
 from .transforms import (
     CheckImageSize,
     Corrupt,
@@ -26,6 +27,7 @@ __all__ = [
     'MoveByD4',
     'PairedDraws',
     'SequenceFolder',
+    'TinyImageNet',
     'check_annotations',
     'default_collate',
     'pair_batches',

@@ -19,6 +19,7 @@ from torch import nn
 import ser_mm
 from ser_mm.draws import NUM_DRAWS
 from tests.support import algorithms, short_run
+from tests.support.tiny_imagenet import write_tiny_imagenet
 
 
 def registered() -> dict[str, type]:
@@ -174,6 +175,7 @@ def rows(folder: Path) -> dict[str, Row]:
             dict(in_channels=8, out_channels=6),
             lambda built: built((torch.zeros(1, 8, 4, 4),)),
         ),
+        TinyImageNet=Row(dict(data_root=str(write_tiny_imagenet(folder / 'tiny', 1, 2)))),
     )
 
 
