@@ -100,6 +100,19 @@ _TIMM_NAMES = [
     (r'^norm\.', 'ln1.'),
     (r'^fc_norm\.', 'ln2.'),
 ]
+# The way back.
+_MMPRETRAIN_NAMES = [
+    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
+    (r'^layers\.(\d+)\.ln([12])\.', r'blocks.\1.norm\2.'),
+    (r'^layers\.', 'blocks.'),
+    (r'\.attn\.gamma1\.weight$', '.ls1.gamma'),
+    (r'\.ffn\.gamma2\.weight$', '.ls2.gamma'),
+    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+    (r'^pre_norm\.', 'norm_pre.'),
+    (r'^ln1\.', 'norm.'),
+    (r'^ln2\.', 'fc_norm.'),
+]
 _TIMM_PATCHES = 'patch_embed.proj.weight'
 
 # What pretraining and classification add to a backbone under the same prefix: classifiers and
@@ -387,7 +400,16 @@ def _select(backbone: nn.Module, content: Mapping, prefix: str) -> tuple[dict, l
 
 
 def _from_timm(name: str) -> str:
-    for pattern, replacement in _TIMM_NAMES:
+    return _renamed(name, _TIMM_NAMES)
+
+
+def to_timm_name(name: str) -> str:
+    """What timm calls a parameter of MMPretrain's ViT."""
+    return _renamed(name, _MMPRETRAIN_NAMES)
+
+
+def _renamed(name: str, changes: list[tuple[str, str]]) -> str:
+    for pattern, replacement in changes:
         name = re.sub(pattern, replacement, name)
     return name
 
