@@ -392,9 +392,9 @@ def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:
 def _select(backbone: nn.Module, content: Mapping, prefix: str) -> tuple[dict, list[str]]:
     """Weights under a prefix by the backbone's names, and the names of those left out."""
     weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
-    if _TIMM_PATCHES in weights:
-        weights = {_from_timm(key): value for key, value in weights.items()}
     known = backbone.state_dict().keys()
+    if _TIMM_PATCHES in weights and _TIMM_PATCHES not in known:
+        weights = {_from_timm(key): value for key, value in weights.items()}
     left_out = [key for key in weights if key.startswith(_ADDED) and key not in known]
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
 

@@ -23,24 +23,23 @@ class SERViT(VisionTransformer):
     """timm's ViT whose [CLS] token enters, without a position, after a block.
 
     Args:
-        cls_layer (int): Block after which [CLS] enters. Defaults to 0: before the first, as usual.
+        cls_layer (int): Block after which [CLS] enters, and registers with it. Defaults to 0:
+            before the first, as usual.
         both_norms (bool): Norm the tokens, and what is pooled of them once more. Defaults to False.
         *args, **kwargs: Those of timm's ``VisionTransformer``.
 
     Raises:
-        ValueError: If ``cls_layer`` is outside the network or meets registers.
+        ValueError: If ``cls_layer`` is outside the network.
     """
 
     def __init__(self, *args, cls_layer: int = 0, both_norms: bool = False, **kwargs) -> None:
         if cls_layer:
-            kwargs.update(class_token=True, no_embed_class=True)
+            kwargs.update(no_embed_class=True)
         if both_norms:
             kwargs.update(fc_norm=False)
         super().__init__(*args, **kwargs)
         if not 0 <= cls_layer < len(self.blocks):
             raise ValueError(f'cls_layer={cls_layer}: choose 0 to {len(self.blocks) - 1}.')
-        if cls_layer and self.num_prefix_tokens > 1:
-            raise ValueError(f'cls_layer={cls_layer} is not for reg_tokens; set reg_tokens=0.')
         if both_norms:
             self.fc_norm = type(self.norm)(self.embed_dim)
         self.cls_layer = cls_layer
@@ -52,15 +51,17 @@ class SERViT(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         x = super()._pos_embed(x)
-        return x[:, 1:] if self.cls_layer else x  # [CLS] has no position, and enters later
+        # What has no position enters later.
+        return x[:, self.num_prefix_tokens :] if self.cls_layer else x
 
     def _run(self, x: Tensor, upto: int) -> list[Tensor]:
         """The tokens after each of the first ``upto`` blocks."""
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         outs = []
         for i, block in enumerate(self.blocks[:upto]):
-            if i == self.cls_layer > 0 and self.cls_token is not None:
-                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            if i == self.cls_layer > 0:
+                prefix = [y for y in (self.cls_token, self.reg_token) if y is not None]
+                x = torch.cat([*(y.expand(x.shape[0], -1, -1) for y in prefix), x], dim=1)
             saves = self.grad_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if saves else block(x)
             outs.append(x)

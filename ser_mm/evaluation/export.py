@@ -21,6 +21,7 @@ from ser_mm.checkpoint import to_timm_name
 from ser_mm.evaluation.backbone import as_config, build_backbone
 from ser_mm.evaluation.data import build_preprocessor
 from ser_mm.files import replacing, replacing_folder
+from ser_mm.models import SERTimmStages, SERTimmViT
 
 LIBRARIES = ('timm', 'mmpretrain', 'torchvision')
 """Libraries that a backbone can be exported to."""
@@ -47,6 +48,7 @@ _PLAIN_RESNET = dict(
     stem_channels=64,
     strides=(1, 2, 2, 2),
 )
+_CLASSIFIERS = {'ResNet': 'fc', 'ConvNeXt': 'head.fc'}
 _VIT_SIZES = {192: 'tiny', 384: 'small', 768: 'base', 1024: 'large'}
 
 
@@ -112,7 +114,7 @@ def export_backbone(
             num_classes=0,
             pool_size=None,
             first_conv=_first_conv(network),
-            classifier='head' if 'img_size' in arguments else 'fc',
+            classifier=_CLASSIFIERS.get(type(network).__name__, 'head'),
         ),
     )
     own = architecture.startswith('ser_')
@@ -142,7 +144,8 @@ def to_timm(backbone: nn.Module) -> tuple[nn.Module, str, dict[str, Any]]:
     """The network of timm with the weights of a backbone, which gives the same features.
 
     Args:
-        backbone (nn.Module): A ViT or a ResNet of MMPretrain or of this package.
+        backbone (nn.Module): A ViT or a ResNet of MMPretrain or of this package, or one of timm in
+            ``SERTimmViT`` or ``SERTimmStages``.
 
     Returns:
         tuple: The network, in eval mode, without a classifier; its name in timm; and the
@@ -160,7 +163,9 @@ def to_timm(backbone: nn.Module) -> tuple[nn.Module, str, dict[str, Any]]:
             "'ser_mm[timm]'`."
         ) from error
     weights = backbone.state_dict()
-    if isinstance(backbone, VisionTransformer):
+    if isinstance(backbone, SERTimmViT | SERTimmStages):
+        name, arguments = _timm_itself(backbone)
+    elif isinstance(backbone, VisionTransformer):
         name, arguments = _timm_vit(backbone)
         weights = {to_timm_name(key): value for key, value in weights.items()}
     else:
@@ -206,13 +211,15 @@ def to_mmpretrain(config: dict, backbone: nn.Module) -> tuple[nn.Module, dict]:
     Raises:
         ValueError: If MMPretrain has no network like it: [CLS] enters late.
     """
-    if getattr(backbone, 'cls_layer', 0):
+    if getattr(backbone, 'cls_layer', 0) and not isinstance(backbone, SERTimmViT):
         raise _refusal(
             backbone,
             'mmpretrain',
             f'cls_layer={backbone.cls_layer}, a late [CLS]',
             'keep SERVisionTransformer, which loads the checkpoint as it is, or export to timm',
         )
+    if isinstance(backbone, SERTimmViT | SERTimmStages):
+        raise _refusal(backbone, 'mmpretrain', f"model='{backbone.model}'", 'export it to timm')
     kind, ours = _OURS.get(type(backbone).__name__, (type(backbone), ()))
     plain = {k: v for k, v in dict(config).items() if k not in ('init_cfg', *ours)}
     plain['type'] = kind.__name__
@@ -271,21 +278,65 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
     )
 
 
+def _timm_itself(backbone: SERTimmViT | SERTimmStages) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of what a backbone was built from, or of its late variant."""
+    name = backbone.model.partition('.')[0]
+    arguments = dict(backbone.model_args)
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise _refusal(backbone, 'timm', f'model_args that JSON cannot hold ({error})') from error
+    if isinstance(backbone, SERTimmStages):
+        return name, arguments
+    _check_last_block(backbone)
+    arguments.update(
+        img_size=_unpair(backbone.img_size),
+        global_pool={'cls_token': 'token', 'raw': ''}.get(backbone.out_type, 'avg'),
+        fc_norm=not isinstance(backbone.fc_norm, nn.Identity),
+    )
+    if not backbone.cls_layer:
+        return name, arguments
+    block = backbone.blocks[0]
+    arguments.update(
+        patch_size=_unpair(backbone.patch_embed.patch_size),
+        in_chans=backbone.patch_embed.proj.in_channels,
+        embed_dim=backbone.embed_dims,
+        depth=backbone.num_layers,
+        num_heads=block.attn.num_heads,
+        mlp_ratio=_ratio(block.mlp.fc1.out_features, backbone.embed_dims),
+        qkv_bias=block.attn.qkv.bias is not None,
+        init_values=None if isinstance(block.ls1, nn.Identity) else 1e-5,
+        qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
+        class_token=backbone.cls_token is not None,
+        reg_tokens=0 if backbone.reg_token is None else backbone.reg_token.shape[1],
+        pre_norm=not isinstance(backbone.norm_pre, nn.Identity),
+        cls_layer=backbone.cls_layer,
+    )
+    return f'ser_vit_{_VIT_SIZES.get(backbone.embed_dims, "base")}_patch16_224', arguments
+
+
+def _check_last_block(vit: VisionTransformer) -> None:
+    if max(vit.out_indices) != vit.num_layers - 1:
+        raise _refusal(vit, 'timm', f'out_indices={list(vit.out_indices)} without the last block')
+
+
+def _ratio(hidden: int, channels: int) -> float:
+    """What timm gets the number of hidden channels back from."""
+    ratio = hidden / channels
+    return ratio if int(channels * ratio) == hidden else (hidden + 0.5) / channels
+
+
 def _timm_vit(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
     """The name of a ViT in timm, and the arguments that make it this one."""
     layer, conv = vit.layers[0], vit.patch_embed.projection
-    if len(vit.out_indices) and max(vit.out_indices) != vit.num_layers - 1:
-        raise _refusal(vit, 'timm', f'out_indices={list(vit.out_indices)} without the last block')
+    _check_last_block(vit)
     if conv.stride != conv.kernel_size:
         raise _refusal(vit, 'timm', f'patches of {conv.kernel_size} in steps of {conv.stride}')
     if not hasattr(layer.ffn, 'feedforward_channels') or type(layer.ffn).__name__ != 'FFN':
         raise _refusal(vit, 'timm', f'an MLP of type {type(layer.ffn).__name__}')
     if layer.ln1.eps != 1e-6:
         raise _refusal(vit, 'timm', f'norm_cfg with eps={layer.ln1.eps}, not 1e-6,')
-    channels, hidden = vit.embed_dims, layer.ffn.feedforward_channels
-    ratio = hidden / channels
-    if int(channels * ratio) != hidden:  # as timm gets it back
-        ratio = (hidden + 0.5) / channels
+    channels = vit.embed_dims
     pooled = vit.out_type == 'avg_featmap'
     arguments = dict(
         img_size=_unpair(vit.img_size),
@@ -294,7 +345,7 @@ def _timm_vit(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         embed_dim=channels,
         depth=vit.num_layers,
         num_heads=layer.attn.num_heads,
-        mlp_ratio=ratio,
+        mlp_ratio=_ratio(layer.ffn.feedforward_channels, channels),
         qkv_bias=layer.attn.qkv.bias is not None,
         init_values=1e-5 if hasattr(layer.attn.gamma1, 'weight') else None,
         class_token=vit.cls_token is not None,
@@ -318,7 +369,7 @@ def _check_resnet(backbone: nn.Module, to: str) -> None:
     name = type(backbone).__name__
     if name not in ('ResNet', 'SERResNet'):
         can = 'a ResNet' if to == 'torchvision' else 'a ViT or a ResNet of MMPretrain or ser_mm'
-        remedy = ' Export it to timm.' if isinstance(backbone, VisionTransformer) else ''
+        remedy = ' Export it to timm.' if to == 'torchvision' else ''
         raise ValueError(f'backbone.type={name} cannot be exported to {to}, only {can}.{remedy}')
     for field, plain in _PLAIN_RESNET.items():
         value = getattr(backbone, field)

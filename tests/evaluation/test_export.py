@@ -265,6 +265,41 @@ def test_resnet_to_timm_and_torchvision_and_back(tmp_path):
     assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
 
 
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2)
+TIMM = {
+    'as usual': dict(),
+    'late [CLS]': dict(cls_layer=1),
+    'registers': dict(model_args=dict(SMALL, reg_tokens=2)),
+    'late [CLS] and registers': dict(cls_layer=2, model_args=dict(SMALL, reg_tokens=2)),
+    'mean': dict(out_type='avg_featmap'),
+    'late mean with norms': dict(
+        cls_layer=1, model_args=dict(SMALL, global_pool='avg', qk_norm=True, init_values=0.1)
+    ),
+    'all tokens': dict(out_type='raw', cls_layer=1),
+    'ResNet': dict(type='SERTimmStages', model='resnet10t', model_args=dict(channels=(8,) * 4)),
+    'ConvNeXt': dict(
+        type='SERTimmStages', model='convnext_atto', model_args=dict(dims=[8] * 4, depths=[1] * 4)
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', TIMM)
+@torch.no_grad()
+def test_from_timm_to_timm(kind, tmp_path):
+    """Weights of timm in our backbone, and back."""
+    options = dict(type='SERTimmViT', model='vit_tiny_patch16_224', model_args=SMALL)
+    cfg = config({**TIMM[kind], 'depth': 0})
+    cfg.model.backbone = {**options, **TIMM[kind]}
+    path, ours = checkpoint(cfg, tmp_path)
+    export_backbone(cfg, path, tmp_path / 'timm')
+    theirs = load(tmp_path / 'timm')
+    x = images(32, 64 if 'type' in TIMM[kind] else 32)
+    torch.testing.assert_close(theirs(x), ours(x)[-1].squeeze(), **CLOSE)
+    assert (tmp_path / 'timm' / 'ser_vit.py').exists() == ('cls_layer' in TIMM[kind])
+    again = build_backbone(cfg, str(tmp_path / 'timm' / 'model.safetensors')).double()
+    torch.testing.assert_close(again(x)[-1], ours(x)[-1], **CLOSE)
+
+
 @pytest.mark.slow  # by its size
 @torch.no_grad()
 def test_resnet50_of_torchvision_there_and_back(tmp_path):

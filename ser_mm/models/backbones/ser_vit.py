@@ -197,8 +197,8 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         cls_after = int(state_dict.get(f'{prefix}cls_after', 0))
         if cls_after != self.cls_layer:
             raise ValueError(
-                f'SERVisionTransformer: the checkpoint inserts [CLS] after block {cls_after}, this '
-                f'backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
+                f'{type(self).__name__}: the checkpoint inserts [CLS] after block {cls_after}, '
+                f'this backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
             )
         if self.cls_layer == 0 and self.pos_resize == 'mmpretrain':
             super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
@@ -239,7 +239,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         if isinstance(x, ViewBatch):
             if self.out_type not in ('cls_token', 'avg_featmap'):
                 raise ValueError(
-                    f"SERVisionTransformer: out_type='{self.out_type}' cannot hold b1 and b2, "
+                    f"{type(self).__name__}: out_type='{self.out_type}' cannot hold b1 and b2, "
                     "which differ in size; pretrain with 'cls_token' or 'avg_featmap'."
                 )
             groups = [images for images in (x.base, x.equi) if len(images)]
