@@ -96,7 +96,8 @@ def export_backbone(
         return (
             f'network = torchvision.models.resnet{backbone.depth}()\n'
             'network.fc = torch.nn.Identity()\n'
-            f'network.load_state_dict({_loading(out)})'
+            f'network.load_state_dict({_loading(out)})\n'
+            'network.eval()'
         )
     network, architecture, arguments = to_timm(backbone)
     data = data_config(cfg, backbone)
@@ -121,9 +122,10 @@ def export_backbone(
     lines = ['import sys', f'sys.path.insert(0, {str(out)!r})', 'import ser_vit'] if own else []
     usage = '\n'.join(
         [
-            'import timm',
             *lines,
+            'import timm',
             f"network = timm.create_model('local-dir:{out}', pretrained=True, num_classes=0)",
+            'network.eval()',
             'data = timm.data.resolve_model_data_config(network)',
             'transform = timm.data.create_transform(**data)',
         ]
