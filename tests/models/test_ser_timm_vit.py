@@ -345,3 +345,29 @@ def test_networks_of_the_guide():
     for part in lines.split('algorithm.backbone = ')[1:]:
         network = MODELS.build(eval(part))
         assert network.token_map_stride == 16
+
+
+@pytest.mark.parametrize(
+    'name, cls_layer, expected',
+    [
+        ('registers', 0, lambda x: x[:, 0]),
+        ('registers', 3, lambda x: x.mean(dim=1)),  # neither is in yet
+        ('registers, no class token', 0, lambda x: x[:, 2:].mean(dim=1)),
+    ],
+)
+def test_features_are_the_cls_token_or_else_the_mean_of_the_patches(name, cls_layer, expected):
+    network = built(kind_of(name, ser_layer=2, cls_layer=cls_layer))
+    plain = built(kind_of(name, cls_layer=cls_layer, out_type='raw', out_indices=[1]))
+    x = images(2)
+    torch.testing.assert_close(network.features(x), expected(plain(x)[0]), **CLOSE)
+
+
+def test_dropout_of_timm_drops_in_training_alone():
+    for rate in ('attn_drop_rate', 'proj_drop_rate', 'pos_drop_rate'):
+        config = kind_of('class token')
+        config['model_args'] = {**config['model_args'], rate: 0.5}
+        network = built(config).train()
+        x = images(2)
+        assert not torch.equal(network(x)[0], network(x)[0]), rate
+        network.eval()
+        assert torch.equal(network(x)[0], network(x)[0])
