@@ -100,6 +100,19 @@ _TIMM_NAMES = [
     (r'^norm\.', 'ln1.'),
     (r'^fc_norm\.', 'ln2.'),
 ]
+# The way back.
+_MMPRETRAIN_NAMES = [
+    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
+    (r'^layers\.(\d+)\.ln([12])\.', r'blocks.\1.norm\2.'),
+    (r'^layers\.', 'blocks.'),
+    (r'\.attn\.gamma1\.weight$', '.ls1.gamma'),
+    (r'\.ffn\.gamma2\.weight$', '.ls2.gamma'),
+    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+    (r'^pre_norm\.', 'norm_pre.'),
+    (r'^ln1\.', 'norm.'),
+    (r'^ln2\.', 'fc_norm.'),
+]
 _TIMM_PATCHES = 'patch_embed.proj.weight'
 
 # What pretraining and classification add to a backbone under the same prefix: classifiers and
@@ -379,15 +392,24 @@ def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:
 def _select(backbone: nn.Module, content: Mapping, prefix: str) -> tuple[dict, list[str]]:
     """Weights under a prefix by the backbone's names, and the names of those left out."""
     weights = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
-    if _TIMM_PATCHES in weights:
-        weights = {_from_timm(key): value for key, value in weights.items()}
     known = backbone.state_dict().keys()
+    if _TIMM_PATCHES in weights and _TIMM_PATCHES not in known:
+        weights = {_from_timm(key): value for key, value in weights.items()}
     left_out = [key for key in weights if key.startswith(_ADDED) and key not in known]
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
 
 
 def _from_timm(name: str) -> str:
-    for pattern, replacement in _TIMM_NAMES:
+    return _renamed(name, _TIMM_NAMES)
+
+
+def to_timm_name(name: str) -> str:
+    """What timm calls a parameter of MMPretrain's ViT."""
+    return _renamed(name, _MMPRETRAIN_NAMES)
+
+
+def _renamed(name: str, changes: list[tuple[str, str]]) -> str:
+    for pattern, replacement in changes:
         name = re.sub(pattern, replacement, name)
     return name
 

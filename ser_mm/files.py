@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -51,6 +52,41 @@ def replacing(file: str | Path) -> Iterator[Path]:
     finally:
         part.unlink(missing_ok=True)
         os.close(lock)
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """Write a folder whole or not at all.
+
+    What was written gets the name of the folder at the end of the context, if that ends without an
+    error, and what had that name before is removed.
+
+    Args:
+        folder (str | Path): Folder to write; the one that it is in is made if it is not there.
+
+    Yields:
+        Path: Where to write, an empty folder beside it.
+    """
+    folder = Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.part') for _ in range(2))
+    try:
+        part.mkdir()
+        yield part
+        for file in part.iterdir():
+            with open(file, 'rb') as written:
+                os.fsync(written.fileno())
+        if folder.exists():
+            os.rename(folder, old)
+        try:
+            os.rename(part, folder)
+        except BaseException:
+            if old.exists():
+                os.rename(old, folder)
+            raise
+    finally:
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(file: str | Path, text: str) -> None:

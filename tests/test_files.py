@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from ser_mm.datasets import write_bundled_digits, write_bundled_photos
-from ser_mm.files import locked, read_kept, replacing, write_text
+from ser_mm.files import locked, read_kept, replacing, replacing_folder, write_text
 from ser_mm.visualization import draw_curves
 from tests.support.paths import ROOT
 
@@ -144,3 +144,24 @@ def test_data_with_a_damaged_stamp_is_refused_with_what_to_do(content, tmp_path)
         (tmp_path / write.__name__ / name).write_text(content)
         with pytest.raises(FileExistsError, match='remove'):
             write(tmp_path / write.__name__)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / 'below' / 'folder'
+    for text in ('old', 'new'):
+        with replacing_folder(folder) as part:
+            (part / f'{text}.txt').write_text(text)
+            assert not (folder / f'{text}.txt').exists()
+    assert [x.name for x in folder.iterdir()] == ['new.txt']
+    rename = os.rename
+
+    def fail_in_the_middle(source, target):
+        if target == folder and '.part' in source.name and (source / 'late.txt').exists():
+            raise OSError('no')
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'rename', fail_in_the_middle)
+    with pytest.raises(OSError, match='no'), replacing_folder(folder) as part:
+        (part / 'late.txt').write_text('late')
+    assert [x.name for x in folder.iterdir()] == ['new.txt']
+    assert list(folder.parent.iterdir()) == [folder]

@@ -15,6 +15,7 @@ COMMANDS = {
     'robustness': 'ImageNet-C and ImageNet-P of a frozen backbone',
     'equivariance': 'how equivariant the token map of every block is: R2 and retrieval',
     'tsne': 't-SNE of features, clean and corrupted',
+    'export': 'write a backbone for timm, torchvision or plain MMPretrain',
     'cost': 'FLOPs, operators, parameters and time that SER adds to a training step',
     'ablate': 'sweep the settings of SER over several seeds',
     'demo': 'pretrain with and without SER at toy scale, and evaluate',

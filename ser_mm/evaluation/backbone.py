@@ -98,6 +98,8 @@ def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tens
         options = dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
     elif isinstance(backbone, ResNet):
         options = dict(out_indices=tuple(range(backbone.num_stages)))
+        if hasattr(backbone, 'out_type'):
+            options.update(out_type='featmap')
     before = {name: getattr(backbone, name) for name in options}
     modes = [(module, module.training) for module in backbone.modules()]
     try:

@@ -1,4 +1,4 @@
-from .backbones import SERResNet, SERVisionTransformer
+from .backbones import SERResNet, SERTimmStages, SERTimmViT, SERVisionTransformer
 from .data_preprocessor import SERDataPreprocessor
 from .dino import DINO, DINOHead, DINONeck
 from .equivariance_algorithm import EquivarianceAlgorithm
@@ -31,6 +31,8 @@ __all__ = [
     'SERHead',
     'SERNeck',
     'SERResNet',
+    'SERTimmStages',
+    'SERTimmViT',
     'SERVisionTransformer',
     'STLHead',
     'SimpleFPN',

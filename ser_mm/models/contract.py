@@ -48,6 +48,9 @@ def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
     trial.train()
     stride = getattr(trial.backbone, 'token_map_stride', 16)
     channels = getattr(trial.backbone, 'token_map_channels', None)
+    # Networks whose later stages halve maps without padding need larger ones.
+    scale = getattr(trial.backbone, 'trial_scale', 1)
+    grids = [(height * scale, width * scale) for height, width in GRIDS]
     trained = any(p.requires_grad for p in trial.parameters())
     calls = []
 
@@ -70,10 +73,10 @@ def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), _first_iteration():
             for images in IMAGES:
-                views = [_view(stride, grid, images) for grid in GRIDS]
+                views = [_view(stride, grid, images, scale) for grid in grids]
                 reported = trial.loss(views, [DataSample() for _ in range(len(views[0]))])
                 if channels is not None:
-                    for view, grid in zip(views, GRIDS, strict=True):
+                    for view, grid in zip(views, grids, strict=True):
                         times = sum(call is view for call in calls)
                         if times != 1:
                             raise ValueError(f'its loss gives a view to `backbone` {times} times')
@@ -196,9 +199,9 @@ def _check_losses(reported: Any, algorithm: nn.Module) -> None:
         raise ValueError(f'no gradient comes from {list(reported)}, which its loss returns')
 
 
-def _view(stride: int, grid: tuple[int, int], images: int) -> ViewBatch:
+def _view(stride: int, grid: tuple[int, int], images: int, scale: int) -> ViewBatch:
     return ViewBatch(
-        base=torch.randn(2, 3, 4 * stride, 4 * stride),
+        base=torch.randn(2, 3, 4 * scale * stride, 4 * scale * stride),
         equi=torch.randn(images, 3, *(side * stride for side in grid)),
         elements=torch.zeros(images, dtype=torch.int64),
     )

@@ -58,6 +58,11 @@ def test_late_cls_without_cls_or_before_it_is_there():
     assert MODELS.build(dict(BACKBONE, out_indices=[1, 3], out_type='raw')).cls_layer == 2
 
 
+def test_positions_that_cannot_be_smoothed():
+    options = dict(pos_resize='timm', interpolate_mode='nearest')
+    refused(dict(BACKBONE, **options), "pos_resize='timm' .*interpolate_mode='nearest'")
+
+
 @pytest.mark.parametrize('img_size', [30, (32, 36)])
 def test_image_size_that_is_no_multiple_of_the_patch(img_size):
     refused(dict(BACKBONE, img_size=img_size), r'img_size=\(3[02], 3[06]\) .*patch_size=\(8, 8\)')

@@ -163,6 +163,17 @@ def rows(folder: Path) -> dict[str, Row]:
             lambda built: built([torch.zeros(1, built.in_channels, 2, 3)]),
         ),
         SERResNet=Row(typeless(algorithms.RESNET), lambda built: built(images)),
+        SERTimmStages=Row(
+            dict(model='resnet10t', model_args=dict(channels=(8, 8, 8, 8))),
+            lambda built: built(images),
+        ),
+        SERTimmViT=Row(
+            dict(
+                model='vit_tiny_patch16_224',
+                model_args=dict(img_size=algorithms.IMAGE, embed_dim=6, depth=2),
+            ),
+            lambda built: built(images),
+        ),
         SERVisionTransformer=Row(typeless(algorithms.BACKBONE), lambda built: built(images)),
         STLHead=Row(
             dict(in_channels=4, code_channels=2, hid_channels=5, out_channels=3), objective

@@ -2,6 +2,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from mmpretrain.models.utils import resize_pos_embed
@@ -72,6 +73,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             MoCo v3: uniform, with q, k and v as separate matrices, and [CLS] next to 0.
             'trunc_normal', as in DeiT and DINO: with a standard deviation of 0.02. Defaults to
             'xavier'.
+        pos_resize (str): How positions are resized for images of another size. 'mmpretrain', by
+            interpolation alone. 'timm', smoothed before where the grid shrinks (antialias), which
+            is what an exported network does in timm. Defaults to 'mmpretrain'.
         init_cfg (dict | list[dict], optional): As None, see ``linear_init``. ``dict(type=
             'Pretrained', checkpoint=..., prefix='backbone.')`` is strict: a parameter that is
             missing, unused or of another shape is an error. Defaults to None.
@@ -92,11 +96,18 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         stop_grad_conv1: bool = False,
         with_cp: bool = False,
         linear_init: Literal['xavier', 'trunc_normal'] = 'xavier',
+        pos_resize: Literal['mmpretrain', 'timm'] = 'mmpretrain',
         init_cfg: InitCfg = None,
         **kwargs,
     ) -> None:
         super().__init__(arch, *args, init_cfg=init_cfg, **kwargs)
         self.linear_init = linear_init
+        self.pos_resize = pos_resize
+        if pos_resize == 'timm' and self.interpolate_mode not in ('bicubic', 'bilinear'):
+            raise ValueError(
+                f"SERVisionTransformer: pos_resize='timm' smooths, which interpolate_mode="
+                f"'{self.interpolate_mode}' does not; use 'bicubic'."
+            )
         depth = self.num_layers
         if ser_layer is not None and not 1 <= ser_layer <= depth:
             raise ValueError(
@@ -186,16 +197,30 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         cls_after = int(state_dict.get(f'{prefix}cls_after', 0))
         if cls_after != self.cls_layer:
             raise ValueError(
-                f'SERVisionTransformer: the checkpoint inserts [CLS] after block {cls_after}, this '
-                f'backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
+                f'{type(self).__name__}: the checkpoint inserts [CLS] after block {cls_after}, '
+                f'this backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
             )
-        if self.cls_layer == 0:
+        if self.cls_layer == 0 and self.pos_resize == 'mmpretrain':
             super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
         elif state_dict[name].shape != self.pos_embed.shape:
-            side = int(state_dict[name].shape[1] ** 0.5)
-            state_dict[name] = resize_pos_embed(
-                state_dict[name], (side, side), self.patch_resolution, self.interpolate_mode, 0
-            )
+            side = int((state_dict[name].shape[1] - self._extra_positions) ** 0.5)
+            state_dict[name] = self._resize(state_dict[name], (side, side), self.patch_resolution)
+
+    @property
+    def _extra_positions(self) -> int:
+        return 0 if self.cls_layer else self.num_extra_tokens
+
+    def _resize(self, positions: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+        """Positions (1, L, C) of the grid ``old``, those of extra tokens first, for ``new``."""
+        extra, mode = self._extra_positions, self.interpolate_mode
+        if self.pos_resize == 'mmpretrain':
+            return resize_pos_embed(positions, old, new, mode, extra)
+        if tuple(old) == tuple(new):
+            return positions
+        # As MMPretrain and timm do, in float32.
+        grid = positions[:, extra:].unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, tuple(new), mode=mode, antialias=True)
+        return torch.cat([positions[:, :extra], grid.flatten(2).mT.to(positions)], dim=1)
 
     def forward(self, x: Tensor | ViewBatch) -> tuple[Tensor, ...]:
         """Embed images.
@@ -214,7 +239,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         if isinstance(x, ViewBatch):
             if self.out_type not in ('cls_token', 'avg_featmap'):
                 raise ValueError(
-                    f"SERVisionTransformer: out_type='{self.out_type}' cannot hold b1 and b2, "
+                    f"{type(self).__name__}: out_type='{self.out_type}' cannot hold b1 and b2, "
                     "which differ in size; pretrain with 'cls_token' or 'avg_featmap'."
                 )
             groups = [images for images in (x.base, x.equi) if len(images)]
@@ -260,14 +285,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         for images in groups:
             tokens, grid = self.patch_embed(images)
             if self.cls_layer == 0 and self.cls_token is not None:
-                tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)
-            tokens = tokens + resize_pos_embed(
-                self.pos_embed,
-                self.patch_resolution,
-                grid,
-                mode=self.interpolate_mode,
-                num_extra_tokens=0 if self.cls_layer else self.num_extra_tokens,
-            )
+                cls_token = self.cls_token.expand(tokens.shape[0], -1, -1)
+                tokens = torch.cat([cls_token, tokens], dim=1)
+            tokens = tokens + self._resize(self.pos_embed, self.patch_resolution, grid)
             packed.append(tokens.flatten(0, 1))
             shapes.append(tuple(tokens.shape[:2]))
             grids.append(grid)
@@ -275,7 +295,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
 
     def _insert_cls(self, tokens: Tensor, shapes: Shapes) -> tuple[Tensor, Shapes]:
         images = [
-            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1).flatten(0, 1)
+            torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1).flatten(0, 1)
             for x in _unpack(tokens, shapes)
         ]
         return _cat(images), [(n, length + 1) for n, length in shapes]
