@@ -6,7 +6,18 @@ from .exact_split import ExactSplit, split_batches
 from .image_source import ImageSource
 from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
-from .transforms import CheckImageSize, Corrupt, EquivariantViewPipeline, LoadReadableImage
+from .transforms import (
+    CheckImageSize,
+    Corrupt,
+    EquivariantViewPipeline,
+    FastColorJitter,
+    FastGaussianBlur,
+    FastMultiView,
+    FastRandomGrayscale,
+    FastRandomResizedCrop,
+    FastSolarize,
+    LoadReadableImage,
+)
 
 __all__ = [
     'BundledPhotos',
@@ -15,6 +26,12 @@ __all__ = [
     'Corrupt',
     'EquivariantViewPipeline',
     'ExactSplit',
+    'FastColorJitter',
+    'FastGaussianBlur',
+    'FastMultiView',
+    'FastRandomGrayscale',
+    'FastRandomResizedCrop',
+    'FastSolarize',
     'ImageSource',
     'LoadReadableImage',
     'PairedDraws',

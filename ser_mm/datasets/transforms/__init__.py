@@ -1,6 +1,25 @@
 from .check_image_size import CheckImageSize
 from .corrupt import Corrupt
 from .equivariant_view_pipeline import EquivariantViewPipeline
+from .fast_multi_view import FastMultiView
+from .fast_photometry import (
+    FastColorJitter,
+    FastGaussianBlur,
+    FastRandomGrayscale,
+    FastSolarize,
+)
+from .fast_random_resized_crop import FastRandomResizedCrop
 from .load_readable_image import LoadReadableImage
 
-__all__ = ['CheckImageSize', 'Corrupt', 'EquivariantViewPipeline', 'LoadReadableImage']
+__all__ = [
+    'CheckImageSize',
+    'Corrupt',
+    'EquivariantViewPipeline',
+    'FastColorJitter',
+    'FastGaussianBlur',
+    'FastMultiView',
+    'FastRandomGrayscale',
+    'FastRandomResizedCrop',
+    'FastSolarize',
+    'LoadReadableImage',
+]
