@@ -44,7 +44,7 @@ from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.results import make_table
 
 SIDES = 300, 700
-CROP = RandomResizedCrop(224, interpolation='bicubic')  # draws the boxes of the floor
+CROP = RandomResizedCrop(224)  # of MoCo v3: draws the boxes of the floor
 FLOOR = 'decoding and two crops'
 THEIRS = "MMPretrain's MoCo v3"
 DEVICE = 'SER, photometry on the device'
@@ -121,7 +121,7 @@ def two_crops(path: str) -> list[torch.Tensor]:
         top, left, height, width = CROP.rand_crop_params(image)
         box = torch.from_numpy(image[top : top + height, left : left + width])[None]
         box = box.permute(0, 3, 1, 2)
-        crops.append(F.interpolate(box, CROP.scale, mode='bicubic', antialias=True))
+        crops.append(F.interpolate(box, CROP.scale, mode=CROP.interpolation, antialias=True))
     return crops
 
 

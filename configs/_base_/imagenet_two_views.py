@@ -12,8 +12,8 @@ data_preprocessor = dict(
 
 # MMPretrain's transforms, of the same law and draws, on faster functions; their names without Fast
 # do as well.
-crop = dict(type='FastRandomResizedCrop', scale=224, crop_ratio_range=(0.08, 1.0))
-flip = dict(type='RandomFlip', prob=0.5)
+crop = dict(type='FastRandomResizedCrop', scale=224, crop_ratio_range=(0.08, 1.0), backend='pillow')
+flip = dict(type='FastRandomFlip', prob=0.5)
 color = [
     dict(
         type='RandomApply',
@@ -43,7 +43,7 @@ turned_crop = [dict(small, crop_ratio_range=(0.05, 0.14)), *color, dict(**blur, 
 train_pipeline = [
     dict(type='LoadReadableImage'),
     dict(type='FastMultiView', num_views=[1, 1], transforms=[view_pipeline1, view_pipeline2]),
-    dict(type='PackInputs'),
+    dict(type='FastPackInputs'),
 ]
 train_dataloader = dict(
     batch_size=256,

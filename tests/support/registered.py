@@ -151,6 +151,8 @@ def rows(folder: Path) -> dict[str, Row]:
             dict(transforms=[[dict(type='FastRandomResizedCrop', scale=8)]], num_views=[2]),
             lambda built: built(dict(img=image)),
         ),
+        FastPackInputs=Row({}, lambda built: built(dict(img=image))),
+        FastRandomFlip=Row(dict(prob=0.5), lambda built: built(dict(img=image))),
         FastRandomGrayscale=Row({}, lambda built: built(dict(img=image))),
         FastRandomResizedCrop=Row(dict(scale=8), lambda built: built(dict(img=image))),
         FastSolarize=Row(dict(thr=128), lambda built: built(dict(img=image))),

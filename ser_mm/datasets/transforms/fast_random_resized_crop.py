@@ -53,7 +53,9 @@ class FastRandomResizedCrop(RandomResizedCrop):
         """
         image = image_of(self, results)
         top, left, height, width = self.rand_crop_params(image)
-        box = image[top : top + height, left : left + width].copy()
+        box = image[top : top + height, left : left + width]
+        if not box.flags.writeable or min(box.strides) < 0:  # of which torch makes no tensor
+            box = box.copy()
         # In this order of operations the strides say channels_last, which has a faster kernel.
         batch = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
         size = tuple(self.scale)
