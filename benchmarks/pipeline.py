@@ -54,7 +54,9 @@ CONFIGS = {
     'SER': 'ser_mocov3_vits16.py',
     DEVICE: 'ser_mocov3_vits16_device_views.py',
 }
-H200 = 2683  # images/s of a Barlow Twins step of ViT-S/16, two views, bf16: lightly-ai, on one H200
+# A step of Barlow Twins, ViT-S/16, two views, bf16, on one H200, without its input pipeline:
+# benchmarks/imagenet10/RESULTS.md of stable-pretraining.
+H200 = 2683
 
 
 def write_jpegs(folder: Path, images: int) -> None:
