@@ -11,6 +11,7 @@ speed of the machine drifts.
 
 import argparse
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,9 +110,15 @@ def device_name() -> str:
     device = get_device()
     if device == 'cuda':
         return torch.cuda.get_device_name()
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if device == 'cpu' else []
+    return f'{processor()}, {torch.get_num_threads()} threads' if device == 'cpu' else device
+
+
+def processor() -> str:
+    """Name of the processor of the host."""
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(': ')[2] for line in lines if line.startswith('model name')]
-    return f'{models[0]}, {torch.get_num_threads()} threads' if models else device
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 # AugSelf row in SER's comparison: stronger saturation, blur in half of both views, no solarize.
 _base_ = ['augself_mocov3_vits16.py']
 
-jitter = dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+jitter = dict(type='FastColorJitter', brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 view = [
     _base_.crop,
     dict(type='RandomApply', transforms=[jitter], prob=0.8),

@@ -1,6 +1,7 @@
 """Each benchmark runs to its end, at sizes that measure nothing."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from tests.support.images import write_images
 from tests.support.paths import ROOT
 from tests.support.rounding import rounding
 
@@ -51,9 +53,29 @@ def test_gradients(tmp_path):
 
 def test_pipeline(tmp_path):
     out = tmp_path / 'pipeline.json'
-    run('pipeline.py', '--images', 2, '--batch-size', 2, '--repeats', 1, '--out', out)
-    rows = json.loads(out.read_text())['variants']
-    assert len(rows) == 3 and all(row['images_per_second'] > 0 for row in rows.values())
+    write_images(tmp_path, *(f'images/class {i}/{i}.png' for i in range(3)), side=400)
+    (tmp_path / 'images' / 'broken.jpg').write_bytes(b'no image')
+    sizes = ['--images', 4, '--batch-size', 2, '--rounds', 1, '--gpu-images-per-second', 1e6]
+    text = run('pipeline.py', '--data', tmp_path / 'images', *sizes, '--out', out).stdout
+    assert '1 files cannot be read' in text and '| collating ' in text
+    result = json.loads(out.read_text())
+    assert result['about']['images'] == 3 and result['about']['processor']
+    rows = result['variants']
+    assert rows['decoding and two crops']['of_floor'] == 1
+    assert rows["MMPretrain's MoCo v3"]['of_mmpretrain'] == 1
+    for row in rows.values():
+        assert row['cores'] == math.ceil(1e6 / row['images_per_second'])
+    stages = rows['SER']['stages']
+    assert {'LoadReadableImage', 'RandomResizedCrop', 'PackInputs'} < stages.keys()
+    assert (
+        sum(stages.values()) > 0
+        and 'ColorJitter' not in rows['SER, photometry on the device']['stages']
+    )
+
+
+def test_pipeline_without_images(tmp_path):
+    error = run('pipeline.py', '--data', tmp_path / 'no', check=False).stderr
+    assert f'--data: {tmp_path}/no does not exist' in error.splitlines()[-1]
 
 
 def test_authors_without_their_release(tmp_path):

@@ -100,7 +100,10 @@ def test_pair_differs_in_the_ser_lines_only(config):
     load, views, pack = base['train_dataloader']['dataset'].pop('pipeline')
     load_ser, views_ser, pack_ser = ser['train_dataloader']['dataset'].pop('pipeline')
     assert (load, pack) == (load_ser, pack_ser)
-    assert (views.pop('type'), views_ser.pop('type')) == ('MultiView', 'EquivariantViewPipeline')
+    assert (views.pop('type'), views_ser.pop('type')) == (
+        'FastMultiView',
+        'EquivariantViewPipeline',
+    )
     assert views_ser.pop('equi_ratio') == 0.01
     assert views == views_ser
 

@@ -10,26 +10,28 @@ data_preprocessor = dict(
     non_blocking=True,
 )
 
-crop = dict(type='RandomResizedCrop', scale=224, crop_ratio_range=(0.08, 1.0), backend='pillow')
-flip = dict(type='RandomFlip', prob=0.5)
+# MMPretrain's transforms, of the same law and draws, on faster functions; their names without Fast
+# do as well.
+crop = dict(type='FastRandomResizedCrop', scale=224, crop_ratio_range=(0.08, 1.0), backend='pillow')
+flip = dict(type='FastRandomFlip', prob=0.5)
 color = [
     dict(
         type='RandomApply',
         transforms=[
-            dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+            dict(type='FastColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
         ],
         prob=0.8,
     ),
     dict(
-        type='RandomGrayscale',
+        type='FastRandomGrayscale',
         prob=0.2,
         keep_channels=True,
         channel_weights=(0.114, 0.587, 0.2989),
     ),
 ]
-blur = dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf')
+blur = dict(type='FastGaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf')
 photometry1 = [*color, dict(**blur, prob=1.0)]
-photometry2 = [*color, dict(**blur, prob=0.1), dict(type='Solarize', thr=128, prob=0.2)]
+photometry2 = [*color, dict(**blur, prob=0.1), dict(type='FastSolarize', thr=128, prob=0.2)]
 view_pipeline1 = [crop, *photometry1, flip]
 view_pipeline2 = [crop, *photometry2, flip]
 # Further views of some configs: local crops as in SER's release, without grayscale; the crop that
@@ -40,8 +42,8 @@ turned_crop = [dict(small, crop_ratio_range=(0.05, 0.14)), *color, dict(**blur, 
 
 train_pipeline = [
     dict(type='LoadReadableImage'),
-    dict(type='MultiView', num_views=[1, 1], transforms=[view_pipeline1, view_pipeline2]),
-    dict(type='PackInputs'),
+    dict(type='FastMultiView', num_views=[1, 1], transforms=[view_pipeline1, view_pipeline2]),
+    dict(type='FastPackInputs'),
 ]
 train_dataloader = dict(
     batch_size=256,

@@ -66,7 +66,7 @@ class Photometry:
 
 
 def _check(transform: BaseTransform) -> None:
-    if type(transform) not in _OPERATIONS:
+    if not isinstance(transform, tuple(_OPERATIONS)):
         raise ValueError(
             f'Photometry: {type(transform).__name__} cannot run on the device, only '
             f'{", ".join(kind.__name__ for kind in _OPERATIONS)} can; leave it in the pipeline.'
@@ -85,7 +85,7 @@ def _check(transform: BaseTransform) -> None:
 
 def _apply(transform: BaseTransform, images: Tensor) -> Tensor:
     """A transform of the images that it chooses; the others stay as they are."""
-    operation = _OPERATIONS[type(transform)]
+    operation = next(x for kind, x in _OPERATIONS.items() if isinstance(transform, kind))
     chosen = torch.rand(len(images)) < getattr(transform, 'prob', 1)
     if chosen.all():
         return operation(transform, images)

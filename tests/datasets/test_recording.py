@@ -16,6 +16,7 @@ import ser_mm  # noqa: F401  registers the transforms
 from ser_mm.datasets.transforms.recording import RecordedView
 from ser_mm.draws import COLUMNS
 from tests.support.paths import ROOT
+from tests.support.policies import of_mmpretrain
 
 init_default_scope('mmpretrain')
 CFG = Config.fromfile(ROOT / 'configs/mocov3_vits16.py')
@@ -86,6 +87,18 @@ def replay(img, row, brightness, hue_range, sigma_max):
 
 
 @pytest.mark.parametrize('transforms', VIEWS)
+def test_faster_transforms_leave_the_record_of_those_of_mmpretrain(transforms):
+    fast, theirs = (RecordedView(view(x)) for x in (transforms, of_mmpretrain(transforms)))
+    assert [type(x) for x in fast.all] != [type(x) for x in theirs.all]
+    for i in range(30):
+        rows = []
+        for recorded in (fast, theirs):
+            seed(i)
+            rows += [recorded(dict(img=image()))[1], recorded(dict(img=image(33, 47)), True)[1]]
+        assert np.array_equal(rows[:2], rows[2:])
+
+
+@pytest.mark.parametrize('transforms', of_mmpretrain(VIEWS))
 def test_the_record_makes_the_same_pixels_again(transforms):
     """Of float32: factors are off by 1e-7 of themselves, so a value may fall on the other side of
     a whole grey level, and one that solarizing turns over goes far."""

@@ -12,6 +12,7 @@ from scipy.stats import ks_2samp
 
 from ser_mm.models import SERDataPreprocessor
 from ser_mm.models.photometry import Photometry
+from tests.support import policies
 from tests.support.paths import ROOT
 
 pytest.importorskip('kornia')
@@ -42,7 +43,7 @@ def seed(number):
 
 def by_mmpretrain(transforms, images):
     """RGB (N, 3, H, W)."""
-    transforms = [TRANSFORMS.build(transform) for transform in transforms]
+    transforms = [TRANSFORMS.build(x) for x in policies.of_mmpretrain(transforms)]
     out = []
     for image in images:
         results = dict(img=image)

@@ -8,6 +8,7 @@ from mmcv.transforms import BaseTransform, Compose
 from mmpretrain.registry import TRANSFORMS
 
 from ser_mm.arguments import ModuleCfg, Positive, Share, checked, filled
+from ser_mm.datasets.transforms.fast_multi_view import results_for
 from ser_mm.datasets.transforms.policy import derive_crop, derive_photometry, find_geometry
 from ser_mm.datasets.transforms.recording import RecordedView, random_numbers_apart
 from ser_mm.geometry import NUM_ELEMENTS, act_on_array
@@ -151,7 +152,7 @@ class EquivariantViewPipeline(BaseTransform):
         record = np.full(len(self.equi_views), NOT_IN_B2 if assigned else NOT_ASSIGNED)
         images = []
         if in_b2:
-            crop = self.equi_crop(deepcopy(results))
+            crop = self.equi_crop(results_for(self.equi_crop, results))
             height, width = crop['img'].shape[:2]
             if height != width:
                 raise ValueError(
@@ -166,14 +167,14 @@ class EquivariantViewPipeline(BaseTransform):
         draws = []
         for view in self.views[len(images) :]:
             if isinstance(view, RecordedView):
-                made, row = view(deepcopy(results), bool(self.as_before))
+                made, row = view(results_for(view, results), bool(self.as_before))
                 draws.append(row)
             else:
-                made = view(deepcopy(results))
+                made = view(results_for(view, results))
             images.append(made['img'])
         if self.extra_views:
             with random_numbers_apart():
-                images += [view(deepcopy(results))['img'] for view in self.extra_views]
+                images += [view(results_for(view, results))['img'] for view in self.extra_views]
         self._compare(images, bool(in_b2))
         records = [torch.from_numpy(np.stack(draws))] if self.record_draws else []
         results['img'] = [*images, *records, torch.from_numpy(record)]

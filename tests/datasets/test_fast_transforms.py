@@ -1,0 +1,415 @@
+"""Faster transforms: the law and the draws of MMPretrain's, its pixels, and fewer copies."""
+
+import colorsys
+import random
+import tracemalloc
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmpretrain.registry import TRANSFORMS
+
+import ser_mm.datasets.transforms.fast_photometry as photometry
+from ser_mm.datasets import FastColorJitter, FastMultiView, FastRandomResizedCrop
+from tests.support.paths import ROOT
+from tests.support.policies import of_mmpretrain
+
+init_default_scope('mmpretrain')
+CONFIG = Config.fromfile(ROOT / 'configs' / 'mocov3_vits16.py')
+PHOTOS = [
+    np.ascontiguousarray(getattr(skimage.data, name)()[..., ::-1])
+    for name in ('astronaut', 'chelsea', 'coffee', 'rocket')
+]
+
+
+def seed(number):
+    random.seed(number)
+    np.random.seed(number)
+
+
+def build(config):
+    return TRANSFORMS.build(config) if isinstance(config, dict) else config
+
+
+def pairs(transform, config, images, draws=1):
+    """Images by a faster transform and by MMPretrain's, each on the same random numbers."""
+    transform, other = build(transform), build(of_mmpretrain(config))
+    for i in range(draws * len(images)):
+        found = []
+        for make in (transform, other):
+            seed(i)
+            image = images[i % len(images)]
+            results = make(dict(img=image.copy()))
+            found += [results['img'], (random.random(), np.random.rand())]
+        assert found[1] == found[3]  # as many random numbers
+        assert found[0].shape == found[2].shape and found[0].dtype == np.uint8
+        yield image, found[0].astype(int), found[2].astype(int)
+
+
+def small(side=96):
+    """Photographs of a size on which Pillow is fast enough, with whole objects."""
+    return [cv2.resize(x, (side + 8, side), interpolation=cv2.INTER_AREA) for x in PHOTOS]
+
+
+# Crops
+
+
+def crop(**options):
+    return dict(type='FastRandomResizedCrop', scale=(64, 56), backend='pillow') | options
+
+
+def check_crops(transform, config):
+    """Boxes exactly, and pixels within 2 grey levels.
+
+    Both libraries filter rows first, round to whole levels, and filter columns. torch keeps weights
+    in 15 bits: with 5 times the largest weight for the sum of all, values are off by 255 * 5 / 2^15
+    = 0.04. That is a level where a value is rounded the other way. Weights blow it up by 1.3 in the
+    second direction: at most 1.34 before rounding, 2 after. In the mean, 4 % of the values of the
+    first direction are off, and of those of the second, 0.04 + 1.3 * 0.04 = 0.1.
+
+    Values stay within 128 +- 63, which a kernel whose weights add up to 1.3 in absolute values
+    cannot take out of [0, 255] in two directions, so that nothing is cut off.
+    """
+    images = [(64 + x / 2).clip(65, 191).astype(np.uint8) for x in PHOTOS]
+    for _, ours, theirs in pairs(transform, config, images, draws=8):
+        off = np.abs(ours - theirs)
+        assert off.max() <= 2 and off.mean() <= 0.1
+
+
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('area', [(0.002, 0.02), (0.08, 1.0), (0.9, 1.0)])
+def test_crops_are_those_of_mmpretrain(interpolation, area):
+    config = crop(interpolation=interpolation, crop_ratio_range=area)
+    check_crops(config, config)
+
+
+class NotAntialiased(FastRandomResizedCrop):
+    def transform(self, results):
+        top, left, height, width = self.rand_crop_params(results['img'])
+        image = torch.from_numpy(results['img'][top : top + height, left : left + width].copy())
+        image = image.permute(2, 0, 1)[None].float()
+        image = torch.nn.functional.interpolate(image, self.scale, mode=self.interpolation)
+        results['img'] = image[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+        return results
+
+
+class LogarithmicArea(FastRandomResizedCrop):
+    def rand_crop_params(self, image):
+        uniform = np.random.uniform
+        np.random.uniform = lambda low, high: np.exp(uniform(*np.log((low, high))))
+        try:
+            return super().rand_crop_params(image)
+        finally:
+            np.random.uniform = uniform
+
+
+class OffByOne(FastRandomResizedCrop):
+    def rand_crop_params(self, image):
+        top, left, height, width = super().rand_crop_params(image)
+        return max(top - 1, 0), left, height, width
+
+
+@pytest.mark.parametrize(
+    'fault',
+    [
+        crop(interpolation='bilinear'),
+        crop(interpolation='bicubic', crop_ratio_range=(0.1, 1.0)),
+        crop(interpolation='bicubic', aspect_ratio_range=(0.7, 4 / 3)),
+        NotAntialiased((64, 56), interpolation='bicubic'),
+        OffByOne((64, 56), interpolation='bicubic'),
+    ],
+    ids=['bilinear', 'smallest area', 'aspect ratio', 'not antialiased', 'a pixel beside'],
+)
+def test_crops_of_another_kind_would_be_seen(fault):
+    with pytest.raises(AssertionError):
+        check_crops(fault, crop(interpolation='bicubic'))
+
+
+def test_crops_of_the_size_that_they_get_are_exact_and_new():
+    image = PHOTOS[0][:64, :56].copy()
+    for frozen in (image, image[:, ::-1], np.frombuffer(image.tobytes(), np.uint8)):
+        frozen = frozen.reshape(image.shape)
+        transform = build(crop(crop_ratio_range=(1, 1), aspect_ratio_range=(56 / 64, 56 / 64)))
+        made = transform(dict(img=frozen))['img']
+        assert np.array_equal(made, frozen) and not np.shares_memory(made, frozen)
+
+
+# Photometry
+
+
+def jitter(**options):
+    return dict(type='FastColorJitter', **options)
+
+
+def check_within(levels, transform, config=None):
+    for _, ours, theirs in pairs(transform, config or transform, small(), draws=3):
+        assert np.abs(ours - theirs).max() <= levels
+
+
+GREY = dict(type='FastRandomGrayscale', keep_channels=True, channel_weights=(0.114, 0.587, 0.2989))
+# Levels: 1 where a fraction is cut off that is known to 0.4 (a weighted mean that is itself off by
+# 1 times a factor that is off 1 by 0.4); for the blur, 1/2 for each time that Pillow rounds, six.
+STEPS = {
+    'brightness': (jitter(brightness=0.4), 1),
+    'contrast': (jitter(contrast=0.4), 1),
+    'saturation': (jitter(saturation=0.4), 1),
+    'grey': (GREY | dict(prob=0.7), 1),
+    'solarize': (dict(type='FastSolarize', thr=128, prob=0.7), 0),
+    'solarize, drawn': (
+        dict(type='FastSolarize', magnitude_range=(0, 256), magnitude_std='inf', prob=0.7),
+        0,
+    ),
+    'blur': (
+        dict(type='FastGaussianBlur', magnitude_range=(0.1, 2), magnitude_std='inf', prob=0.7),
+        3,
+    ),
+    'wide blur': (dict(type='FastGaussianBlur', radius=7.5, prob=1.0), 3),
+    'no blur': (dict(type='FastGaussianBlur', radius=0, prob=1.0), 0),
+}
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_photometry_is_that_of_mmpretrain(name):
+    transform, levels = STEPS[name]
+    check_within(levels, transform)
+
+
+@pytest.mark.parametrize('turns', [-0.5, -0.1, 0.001, 0.04, 0.1, 0.5])
+def test_hues_are_within_a_step_of_the_exact_ones(turns):
+    """Half of a step each for writing and reading it, and for saturation and the colour."""
+    colours = np.random.default_rng(0).integers(0, 256, (25, 40, 3), np.uint8)
+    ours = build(jitter(hue=(turns, turns)))(dict(img=colours))['img']
+    for colour, found in zip(colours.reshape(-1, 3), ours.reshape(-1, 3), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(colour[::-1] / 255))
+        exact = colorsys.hsv_to_rgb((hue + int(255 * turns) / 255) % 1, saturation, value)
+        off = np.abs(255 * np.array(exact)[::-1] - found).max()
+        assert off <= 6 * np.ptp(colour.astype(int)) * (0.5 / 256 + 0.5 / 255) + 0.5 + 0.5 + 0.5
+
+
+@pytest.mark.parametrize(
+    'name, fault',
+    [
+        ('brightness', jitter(brightness=0.35)),
+        ('contrast', jitter(contrast=(0.6, 1.3))),
+        ('saturation', jitter(saturation=(0.7, 1.4))),
+        ('grey', GREY | dict(prob=0.7, channel_weights=(0.2989, 0.587, 0.114))),
+        ('solarize', dict(type='FastSolarize', thr=127, prob=0.7)),
+        ('blur', STEPS['blur'][0] | dict(magnitude_range=(0.1, 1.6))),
+        ('wide blur', dict(type='FastGaussianBlur', radius=7.0, prob=1.0)),
+    ],
+)
+def test_photometry_of_another_kind_would_be_seen(name, fault):
+    transform, levels = STEPS[name]
+    with pytest.raises(AssertionError):
+        check_within(levels, fault, transform)
+
+
+@pytest.mark.parametrize('hue', [0.1, 0.5])
+def test_hues_are_off_by_their_steps(hue):
+    """A colour goes through six times its range in a turn; both turn int(255 * hue) 255ths of one.
+
+    Ours is rounded twice, to 256ths and 255ths; Pillow's is cut off to 255ths, and loses one where
+    it passes red, as it counts to 256. A 255th of saturation, a level or less, is cut off by Pillow
+    and rounded by OpenCV; so is the colour in the end, by tables that are good for half a level.
+    """
+    colours = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    means = []
+    for image, ours, theirs in pairs(jitter(hue=hue), jitter(hue=hue), [*small(), colours], 4):
+        turn = 0.5 / 256 + 0.5 / 255 + 2 / 255
+        spread = np.ptp(image.astype(int), axis=2, keepdims=True)
+        off = np.abs(ours - theirs)
+        assert (off <= 6 * spread * turn + 1.5 + 1.5 + 0.5).all()
+        means.append((ours - theirs).mean())
+    assert np.abs(means).max() < 1  # and they are off to both sides
+
+
+def check_order(transform):
+    """Same order, same factors. A step is off by 1, and by 1.8 times what the one before was and
+    0.4: its factor of 1.4, and 0.4 for the mean or the grey it works with. Three are off by 5.5."""
+    check_within(5, transform, jitter(brightness=0.4, contrast=0.4, saturation=0.4))
+
+
+def test_jitter_changes_in_the_order_of_mmpretrain(monkeypatch):
+    transform = build(jitter(brightness=0.4, contrast=0.4, saturation=0.4))
+    check_order(transform)
+    brightness, contrast, *rest = photometry._JITTER
+    monkeypatch.setattr(photometry, '_JITTER', (contrast, brightness, *rest))
+    with pytest.raises(AssertionError):
+        check_order(transform)
+
+
+class Backwards(FastColorJitter):
+    def _rand_params(self):
+        order, *factors = super()._rand_params()
+        return order[::-1], *factors
+
+
+def test_jitter_in_another_order_would_be_seen():
+    with pytest.raises(AssertionError):
+        check_order(Backwards(0.4, 0.4, 0.4))
+
+
+# Whole policies
+
+
+@pytest.mark.parametrize('view', [0, 1])
+def test_views_of_the_configs_are_those_of_mmpretrain(view):
+    """In the mean 1 level off for the hue, which a colour's other steps blow up by 1.4 * 1.4 * 1.4
+    at most, 1 for cutting off in each of six others, so 9; a value beside the threshold of
+    solarization may go far, and a grey or an even colour has no hue."""
+    policy = [CONFIG.view_pipeline1, CONFIG.view_pipeline2][view].copy()
+    policy[0] = dict(policy[0], scale=64)
+    ours = dict(type='Compose', transforms=policy)
+    for _, fast, theirs in pairs(ours, ours, PHOTOS, draws=10):
+        assert np.abs(fast - theirs).mean() < 9
+        assert np.median(np.abs(fast - theirs)) <= 2
+
+
+def test_shipped_configs_name_them_and_baselines_do_as_well():
+    for name in ('mocov3_vits16', 'ser_mocov3_vits16', 'barlowtwins_r50', 'ser_dino_vits16'):
+        cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+        _, views, pack = cfg.train_dataloader.dataset.pipeline
+        assert pack.type == 'FastPackInputs'
+        assert views.type == ('FastMultiView' if 'ser' not in name else 'EquivariantViewPipeline')
+        for view in views.transforms:
+            kinds = [x.get('transforms', [x])[0].type for x in view]
+            assert all(kind.startswith('Fast') for kind in kinds), kinds
+
+
+def test_flips_and_packed_views_are_those_of_mmpretrain():
+    flip = dict(type='FastRandomFlip', prob=0.5)
+    images = small()
+    flipped = sum(
+        np.array_equal(ours, theirs) and not np.array_equal(ours, image)
+        for image, ours, theirs in pairs(flip, flip, images, draws=10)
+    )
+    assert 10 < flipped < 30
+    for _, ours, theirs in pairs(flip, flip, images, draws=3):
+        assert np.array_equal(ours, theirs)
+    for direction in ('vertical', 'diagonal'):
+        config = dict(flip, direction=direction)
+        assert all(
+            np.array_equal(ours, theirs) for _, ours, theirs in pairs(config, config, images)
+        )
+    pack, other = (build(dict(type=kind)) for kind in ('FastPackInputs', 'PackInputs'))
+    grey, record = images[0][..., 0], torch.tensor([-1, -1])
+    views = [images[0], images[1][:, ::-1], images[2].astype(np.float32), grey, record]
+    for single in (views, images[0]):
+        results = dict(img=single, img_path='x', ori_shape=(1, 2), gt_label=3)
+        found, expected = pack(dict(results)), other(dict(results))
+        assert found['data_samples'].img_path == 'x' and found['data_samples'].gt_label == 3
+        for x, y in zip(found['inputs'], expected['inputs'], strict=True):
+            assert torch.equal(x, y) and x.is_contiguous()
+
+
+def test_boxes_are_flipped_with_the_image():
+    for kind in ('FastRandomFlip', 'RandomFlip'):
+        results = dict(img=PHOTOS[0], gt_bboxes=np.array([[0.0, 0, 10, 20]]))
+        out = build(dict(type=kind, prob=1.0))(results)
+        assert out['gt_bboxes'].tolist() == [[PHOTOS[0].shape[1] - 10, 0, PHOTOS[0].shape[1], 20]]
+
+
+# Copies
+
+
+class Counted(np.ndarray):
+    """An image that counts its deep copies."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo):
+        Counted.copies += 1
+        return super().__deepcopy__(memo)
+
+
+FLIP = dict(type='FastRandomFlip', prob=0.5)
+THIRD_PARTY_CROP = dict(type='CenterCrop', crop_size=64)
+COPIES = {
+    'crops': ([[crop(scale=64), FLIP]] * 2, 0),
+    "MMPretrain's crops": ([[of_mmpretrain(crop(scale=64)), FLIP]] * 2, 0),
+    'a part of the image': ([[crop(scale=64), FLIP], [THIRD_PARTY_CROP, FLIP]], 1),
+    'the image itself': ([[FLIP], [FLIP]], 2),
+}
+
+
+@pytest.mark.parametrize('name', COPIES)
+@pytest.mark.parametrize('kind', ['FastMultiView', 'EquivariantViewPipeline'])
+def test_images_are_copied_for_views_that_may_write_into_them(kind, name, monkeypatch):
+    views, expected = COPIES[name]
+    options = dict(equi_ratio=0, record_draws=True) if kind.startswith('Equi') else {}
+    transform = build(dict(type=kind, transforms=views, num_views=[1, 1], **options))
+    image = PHOTOS[0].copy().view(Counted)
+    monkeypatch.setattr(Counted, 'copies', 0)
+    transform(dict(img=image, img_path='x'))
+    assert Counted.copies == expected and np.array_equal(image, PHOTOS[0])
+
+
+def test_views_in_b2_copy_no_whole_image(monkeypatch):
+    view = [crop(scale=64), jitter(brightness=0.4), FLIP]
+    transform = build(dict(type='EquivariantViewPipeline', views=[view, view], equi_ratio=1))
+    image = PHOTOS[0].copy().view(Counted)
+    monkeypatch.setattr(Counted, 'copies', 0)
+    *views, _ = transform(dict(img=image))['img']
+    assert Counted.copies == 0 and [x.shape for x in views] == [(64, 64, 3)] * 2
+
+
+def test_transforms_that_write_into_images_do_so_in_their_own():
+    erase = dict(type='RandomErasing', erase_prob=1.0, mode='const', fill_color=(0, 0, 0))
+    image = np.full((64, 64, 3), 200, np.uint8)
+    views = [[crop(scale=64), erase], [crop(scale=64)], [erase], []]
+    made = FastMultiView(views, [1, 1, 1, 1])(dict(img=image))['img']
+    assert [bool((x == 0).any()) for x in made] == [True, False, True, False]
+    assert (image == 200).all()
+
+
+def test_memory_of_views_is_that_of_crops():
+    """Of photometry on the device: no array as large as the image is made, packing included."""
+    policy = [crop(scale=224, crop_ratio_range=(0.08, 0.2)), FLIP]
+    views = FastMultiView([policy], [2])
+    pack = build(dict(type='FastPackInputs'))
+    image = np.zeros((1500, 2000, 3), np.uint8)
+    pack(views(dict(img=image)))
+    tracemalloc.start()
+    pack(views(dict(img=image)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Of each view the packed one, of one the flipped one; torch's own are not counted.
+    assert peak < 4 * 224 * 224 * 3 + 2**17 < image.nbytes / 8
+
+
+@pytest.mark.parametrize('kind', ['crop', 'jitter', 'grey', 'blur', 'solarize'])
+def test_other_images_are_refused_in_one_sentence(kind):
+    configs = dict(
+        crop=crop(),
+        jitter=jitter(),
+        grey=GREY,
+        blur=STEPS['wide blur'][0],
+        solarize=STEPS['solarize'][0],
+    )
+    transform = build(configs[kind])
+    for image in (PHOTOS[0].astype(np.float32), PHOTOS[0][..., 0]):
+        with pytest.raises(ValueError, match='must be uint8') as error:
+            transform(dict(img=image))
+        message = str(error.value)
+        assert '\n' not in message and message.endswith(f'use {type(transform).__name__[4:]}.')
+
+
+@pytest.mark.parametrize(
+    'config, message',
+    [
+        (crop(backend='cv2'), "backend='cv2' must be 'pillow'"),
+        (crop(interpolation='lanczos'), "interpolation='lanczos' must be 'bilinear' or 'bicubic'"),
+        (crop(crop_ratio_range=(1.0, 0.08)), 'the smaller one first'),
+        (dict(type='FastGaussianBlur', prob=0.5), 'radius=None and magnitude_range=None; give one'),
+        (dict(type='FastRandomGrayscale', keep_channels=False), 'set keep_channels=True'),
+        (dict(type='FastMultiView', transforms=[[FLIP]], num_views=[1, 2]), '2 numbers for 1'),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build(config)
+    assert '\n' not in str(error.value)
