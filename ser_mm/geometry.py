@@ -120,7 +120,7 @@ def act(maps: Tensor, element: Tensor, size: Sequence[int]) -> Tensor:
     """
     # In float32 the rounding of the sampling positions alone moves values by 4e-6; in float64 a
     # turn or a flip comes back exact after rounding to the dtype of the maps.
-    y, x = ((2 * torch.arange(n, device=maps.device).double() + 1) / n - 1 for n in size)
+    y, x = (torch.arange(1 - n, n, 2, dtype=torch.float64, device=maps.device) / n for n in size)
     target = torch.stack(torch.meshgrid(x, y, indexing='xy'), dim=-1)
     source = target @ element.double()[:, None]  # g^-1 p for each place p: rows times (g^-1)^T = g
     moved = F.grid_sample(

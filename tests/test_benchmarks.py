@@ -44,6 +44,18 @@ def test_step(tmp_path):
     assert rows['SER']['flops'] == rows['SER, two passes']['flops']
 
 
+def test_memory(tmp_path):
+    out = tmp_path / 'memory.json'
+    sizes = ['--batch-size', 4, '--equi-ratio', 0.5, '--steps', 10]
+    table = run('memory.py', *sizes, '--out', out).stdout
+    rows = json.loads(out.read_text())['variants']
+    assert list(rows) == ['baseline', 'SER'] and rows['baseline']['ratio'] == 1
+    assert f'{rows["SER"]["ratio"]:.3f}x' in table
+    assert all(row['peak'] >= max(row['start'], *row['readings']) > 0 for row in rows.values())
+    again = run('memory.py', *sizes, '--out', out)  # reads what is there
+    assert table.partition('|')[2] == again.stdout.partition('|')[2] and 'step' not in again.stderr
+
+
 def test_gradients(tmp_path):
     out = tmp_path / 'gradients.json'
     config = ROOT / 'configs' / 'demo' / 'ser_mocov3.py'

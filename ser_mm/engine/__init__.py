@@ -7,10 +7,12 @@ from .hooks import (
     NonFiniteLossHook,
     keep_worker_seed,
 )
+from .precision import CPUAmpOptimWrapper
 from .resuming import ResumeHook
 
 __all__ = [
     'AtomicCheckpointHook',
+    'CPUAmpOptimWrapper',
     'EpochSeedHook',
     'EquivariantSplitHook',
     'FreezeLayerHook',

@@ -5,7 +5,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -258,6 +259,37 @@ def _count(model: nn.Module, inputs: Callable[[], list]) -> dict[str, int]:
             losses = functional_call(model, state, (views, None), dict(mode='loss'))
             model.parse_losses(losses)[0].backward()
     return dict(flops=flops.get_total_flops(), operators=operators.counts.total())
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Count what is kept for the backward pass, but for parameters and buffers.
+
+    What is kept several times, and views of it, count once, with all of the memory that they hold.
+
+    Args:
+        model (nn.Module): The model whose parameters are left out.
+
+    Yields:
+        dict[int, int]: Bytes by the address of the memory; to read before the backward pass.
+
+    Example:
+        >>> with saved_bytes(model) as saved:
+        ...     loss = model(images).sum()
+        >>> total = sum(saved.values())
+    """
+    held = [*model.parameters(), *model.buffers()]
+    own = {x.untyped_storage().data_ptr() for x in held}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield saved
 
 
 class TrainingStep:

@@ -125,6 +125,7 @@ def rows(folder: Path) -> dict[str, Row]:
             dict(corruption='contrast', severity=1),
             lambda built: built(dict(img=image, img_path='x')),
         ),
+        CPUAmpOptimWrapper=Row(dict(optimizer=torch.optim.SGD([nn.Parameter(images)], lr=0.1))),
         CrossCorrelationHead=Row(
             dict(in_channels=5, loss=dict(type='CrossCorrelationLoss')),
             lambda built: built.loss(*torch.randn(2, 4, built.bn.num_features)),

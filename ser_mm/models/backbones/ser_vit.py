@@ -1,5 +1,5 @@
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -319,8 +319,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             mixed = attn.scaled_dot_product_attention(*heads.unbind(), dropout_p=dropout)
             return mixed.transpose(1, 2).flatten(2)
 
-        mixed = _by_image(attend, attn.qkv(layer.ln1(tokens)), shapes)
-        update = attn.gamma1(attn.proj_drop(attn.proj(mixed)))
+        qkv = _unpack(attn.qkv(layer.ln1(tokens)), shapes)
+        mixed = [attend(x).flatten(0, 1) for x in qkv]
+        update = attn.gamma1(attn.proj_drop(_linear_of_parts(attn.proj, mixed)))
         tokens = tokens + _drop_path(attn.out_drop, update, shapes)
         update = layer.ffn.gamma2(layer.ffn.layers(layer.ln2(tokens)))
         return tokens + _drop_path(layer.ffn.dropout_layer, update, shapes)
@@ -331,6 +332,8 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             return tokens.new_zeros(0, self.embed_dims, *grid)
         height, width = grids[-1]
         patches = _unpack(tokens, shapes)[-1][:, -height * width :]
+        if not torch.is_grad_enabled():  # nothing else keeps the tokens of b1: nor does the map
+            patches = patches.clone()
         return patches.transpose(1, 2).unflatten(2, (height, width))
 
     def _pool(self, tokens: Tensor, shapes: Shapes, grids: Shapes) -> Tensor:
@@ -355,9 +358,44 @@ def _unpack(tokens: Tensor, shapes: Shapes) -> list[Tensor]:
     return [x.unflatten(0, shape) for x, shape in zip(groups, shapes, strict=True)]
 
 
-def _by_image(function: Callable[[Tensor], Tensor], tokens: Tensor, shapes: Shapes) -> Tensor:
-    """Apply a function of (N, L, C) to each group of packed tokens (T, C)."""
-    return _cat([function(x).flatten(0, 1) for x in _unpack(tokens, shapes)])
+def _linear_of_parts(layer: nn.Module, parts: list[Tensor]) -> Tensor:
+    """A linear layer on the concatenation of parts that the backward pass keeps anyway."""
+    if len(parts) == 1 or type(layer) is not nn.Linear:  # but what LoRA, say, puts in its place
+        return layer(_cat(parts))
+    dtype = parts[0].dtype  # under autocast not that of the parameters
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return _LinearOfParts.apply(layer.weight.to(dtype), bias, *parts)
+
+
+class _LinearOfParts(torch.autograd.Function):
+    """Does not keep the concatenation, but makes it again in the backward pass.
+
+    Attention keeps its output for its own backward pass. With one group of images the layer that
+    takes it keeps the same memory; a concatenation of groups would be kept beside them, which is
+    7 % of all that a step keeps.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        return F.linear(torch.cat(parts), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        weight, _, *parts = inputs
+        ctx.save_for_backward(weight, *parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *parts = ctx.saved_tensors
+        of_weight, of_bias, *of_parts = ctx.needs_input_grad
+        to_parts: Sequence[Tensor | None] = [None] * len(parts)
+        if any(of_parts):
+            to_parts = (gradient @ weight).split([len(x) for x in parts])
+        return (
+            gradient.t() @ torch.cat(parts) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+            *to_parts,
+        )
 
 
 def _drop_path(drop: nn.Module, update: Tensor, shapes: Shapes) -> Tensor:
