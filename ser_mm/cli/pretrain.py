@@ -8,6 +8,7 @@ interrupted. In --out are then:
     report.html    losses, views, token maps and nearest neighbours; k-NN and a linear probe where
                    sub-folders are classes
     figures.json   the figures of that page
+    timm/          the backbone as timm loads it, without this package
 """
 
 import argparse
@@ -49,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--model',
         default='vit_small_patch16',
         metavar='MODEL',
-        help=f'backbone: {", ".join(BACKBONES)} (default: %(default)s)',
+        help=f'backbone: {", ".join(BACKBONES)}, or timm/NAME (default: %(default)s)',
     )
     parser.add_argument(
         '--method',

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
-from mmpretrain.registry import DATASETS
+from mmpretrain.registry import DATASETS, MODELS
 from PIL import Image
 
 from ser_mm.engine.configs import find_config, shipped_configs
@@ -20,6 +20,7 @@ from ser_mm.engine.schedules import follow_max_epochs
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
 from ser_mm.evaluation.equivariance import equivariance_by_layer
+from ser_mm.evaluation.export import export_backbone
 from ser_mm.evaluation.features import Embedder
 from ser_mm.evaluation.results import make_table
 from ser_mm.experiments.demo import token_map, training_views
@@ -42,16 +43,18 @@ _PATCHES = 16, 8
 _DEPTHS = {18: 512, 34: 512, 50: 2048, 101: 2048}
 BACKBONES: dict[str, dict[str, Any]] = {
     f'vit_{size}_patch{patch}': dict(
-        config='vits16', channels=width, arch=f'deit-{size}', patch_size=patch
+        config='vits16', channels=width, stride=patch, arch=f'deit-{size}', patch_size=patch
     )
     for size, width in _WIDTHS.items()
     for patch in _PATCHES
 } | {
-    f'resnet{depth}': dict(config='r50', channels=width, depth=depth)
+    f'resnet{depth}': dict(config='r50', channels=width, stride=16, depth=depth)
     for depth, width in _DEPTHS.items()
 }
-"""What ``model`` names: the config that it starts from, the width of features, and arguments."""
+"""What ``model`` names: the config to start from, the width of features, the pixels of a token and
+arguments of the backbone."""
 
+_TIMM = 'timm/'
 RUN = 'run'
 IMAGES = 450
 """Validation images of R2 and of the pictures, at most."""
@@ -80,7 +83,8 @@ def pretrain(
     Args:
         data (str | Path): Folder or list of images, see :class:`~ser_mm.datasets.ImageSource`.
         out (str | Path): Folder of the results.
-        model (str): Of :data:`BACKBONES`. Defaults to 'vit_small_patch16'.
+        model (str): Of :data:`BACKBONES`, or 'timm/NAME' for a ViT or ResNet of timm. Defaults to
+            'vit_small_patch16'.
         method (str): Of :data:`METHODS`. Defaults to 'mocov3'.
         weights (str | Path, optional): Checkpoint that the backbone starts from. Defaults to None:
             random weights.
@@ -98,7 +102,9 @@ def pretrain(
 
     Returns:
         Path: ``out``: the config ``run.py``, to be edited and trained by ``ser-mm train`` too;
-        ``run/``, with checkpoints and logs; ``report.html``, ``figures.json`` and pictures.
+        ``run/``, with checkpoints and logs; ``report.html``, ``figures.json`` and pictures; and,
+        where timm is installed, ``timm/``, see
+        :func:`~ser_mm.evaluation.export.export_backbone`.
 
     Raises:
         BlockingIOError: If another process trains this run.
@@ -137,6 +143,11 @@ def pretrain(
     checkpoint = finished(cfg)
     assert checkpoint is not None  # or train would have raised
     report(cfg, checkpoint, out)
+    try:
+        usage = export_backbone(cfg, checkpoint, out / 'timm')
+        print(f'{out / "timm"} is for timm:\n\n{usage}')
+    except ImportError as error:  # the run has all else
+        print(error)
     return out
 
 
@@ -182,9 +193,12 @@ def pretraining_config(
     """
     if method not in METHODS:
         raise ValueError(f'--method {method}: choose one of {", ".join(METHODS)}.')
-    if model not in BACKBONES:
-        raise ValueError(f'--model {model}: choose one of {", ".join(BACKBONES)}.')
-    kind = dict(BACKBONES[model])
+    if model.startswith(_TIMM):
+        kind = _of_timm(model, image_size)
+    elif model in BACKBONES:
+        kind = dict(BACKBONES[model])
+    else:
+        raise ValueError(f'--model {model}: choose {", ".join(BACKBONES)} or {_TIMM}NAME.')
     name = f'ser_{method}_{kind.pop("config")}'
     if name not in shipped_configs():
         raise ValueError(f'--method {method} has no recipe for --model {model}; choose a ViT.')
@@ -193,9 +207,13 @@ def pretraining_config(
     cfg.work_dir = str(Path(out).absolute() / RUN)
     cfg.randomness = dict(seed=seed)
 
-    algorithm, channels = cfg.model.algorithm, kind.pop('channels')
-    algorithm.backbone.update(kind)
-    algorithm.neck.in_channels = channels
+    algorithm = cfg.model.algorithm
+    algorithm.neck.in_channels = kind.pop('channels')
+    stride = kind.pop('stride')
+    if 'type' in kind:
+        algorithm.backbone = ConfigDict(kind, ser_layer=algorithm.backbone.ser_layer)
+    else:
+        algorithm.backbone.update(kind)
     if 'patch_size' in kind:
         algorithm.backbone.img_size = image_size
     if weights is not None:
@@ -203,7 +221,6 @@ def pretraining_config(
             raise FileNotFoundError(f'--weights {weights} is not a file; name a checkpoint.')
         init = dict(type='Pretrained', checkpoint=str(Path(weights).expanduser().absolute()))
         algorithm.backbone.init_cfg = init
-    stride = kind.get('patch_size', 16)  # of a ResNet's third stage
     if image_size % stride or image_size < 2 * stride:
         raise ValueError(
             f'--image-size {image_size}: a token of {model} covers {stride} pixels; choose a '
@@ -241,6 +258,28 @@ def pretraining_config(
     steps = _steps_per_epoch(cfg, devices)
     cfg.default_hooks.logger.interval = max(1, min(50, steps // 2))
     return cfg
+
+
+def _of_timm(model: str, image_size: int) -> dict[str, Any]:
+    """As an entry of :data:`BACKBONES`, for a network of timm."""
+    name = model.removeprefix(_TIMM)
+    config = dict(type='SERTimmViT', model=name, model_args=dict(img_size=image_size))
+    try:
+        built = MODELS.build(dict(config))
+    except ValueError as error:
+        if 'SERTimmStages' not in str(error):
+            raise ValueError(f'--model {model}: {error}') from error
+        config = dict(type='SERTimmStages', model=name)
+        built = MODELS.build(dict(config, ser_layer=3))
+        if 'resnet' not in name:
+            raise ValueError(
+                f'--model {model} has no recipe; choose a ViT or a ResNet, or write a config with '
+                "type='SERTimmStages'."
+            ) from error
+        channels = MODELS.build(dict(config)).feature_channels
+        return dict(config, config='r50', channels=channels, stride=built.token_map_stride)
+    width, stride = built.embed_dims, built.token_map_stride
+    return dict(config, config='vits16', channels=width, stride=stride)
 
 
 def choose_batch_size(count: int, ranks: int = 1) -> int:

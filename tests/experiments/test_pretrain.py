@@ -15,6 +15,7 @@ from mmpretrain.registry import MODELS
 from PIL import Image
 
 from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.features import Embedder
 from ser_mm.experiments.pretrain import BACKBONES, choose_batch_size, pretraining_config
 from tests.support.command import run_command
 from tests.support.paths import ROOT
@@ -69,7 +70,9 @@ def test_every_backbone_has_its_width(images, tmp_path, name):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(model='vit_tiny'), '--model vit_tiny: choose one of vit_tiny_patch16'),
+        (dict(model='vit_tiny'), '--model vit_tiny: choose vit_tiny_patch16'),
+        (dict(model='timm/vit_tiny'), 'is not in timm'),
+        (dict(model='timm/convnext_tiny'), '--model timm/convnext_tiny has no recipe'),
         (dict(method='simclr'), '--method simclr: choose one of mocov3'),
         (dict(model='resnet50', method='dino'), '--method dino has no recipe for --model resnet50'),
         (dict(image_size=60), '--image-size 60: a token .* 16 pixels; choose a multiple of 16'),
@@ -89,6 +92,29 @@ def command(images, out, *more):
     args = ['--model', 'vit_tiny_patch16', '--image-size', '64', '--batch-size', '8', *more]
     script = [sys.executable, str(ROOT / 'tools/pretrain.py'), '--data', str(images), '--out']
     return [*script, str(out), *map(str, args)]
+
+
+def assert_loads_elsewhere(folder, expected):
+    """timm gives the same features in a process that knows nothing of this package."""
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.save(pixels, folder.parent / 'pixels.pth')
+    late = (folder / 'ser_vit.py').exists()
+    script = f"""
+import sys
+import timm, torch
+sys.path.insert(0, {str(folder)!r})
+{'import ser_vit' if late else ''}
+network = timm.create_model('local-dir:{folder}', pretrained=True, num_classes=0).eval()
+assert timm.data.resolve_model_data_config(network)['input_size'][0] == 3
+with torch.no_grad():
+    torch.save(network(torch.load('pixels.pth')), 'features.pth')
+assert not any(x.split('.')[0] in ('ser_mm', 'mmengine', 'mmpretrain') for x in sys.modules)
+"""
+    paths = dict(os.environ, PYTHONPATH='')
+    subprocess.run([sys.executable, '-c', script], cwd=folder.parent, check=True, env=paths)
+    with torch.no_grad():
+        ours = expected(pixels)
+    torch.testing.assert_close(torch.load(folder.parent / 'features.pth'), ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -111,6 +137,8 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
     page = (out / 'report.html').read_text()
     assert all(f'pictures/{name}' in page for name in pictures)
     assert set(json.loads((out / 'figures.json').read_text())) == {'layers'}
+    expected = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_3.pth'))
+    assert_loads_elsewhere(out / 'timm', expected)
     # The config is an ordinary one.
     cfg = Config.fromfile(out / 'run.py')
     assert cfg.model.type == 'SERAlgorithm' and cfg.train_cfg.max_epochs == 3
@@ -120,7 +148,10 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method, name', [('dino', 'vit_tiny_patch16'), ('byol', 'resnet18')])
+@pytest.mark.parametrize(
+    'method, name',
+    [('dino', 'vit_tiny_patch16'), ('byol', 'resnet18'), ('mocov3', 'timm/vit_tiny_patch16_224')],
+)
 def test_folders_of_classes_going_on_from_weights(images, tmp_path, method, name):
     """Every second image is in the other class; weights are those of another run."""
     data = tmp_path / 'classes'
@@ -138,6 +169,8 @@ def test_folders_of_classes_going_on_from_weights(images, tmp_path, method, name
     found = json.loads((out / 'figures.json').read_text())
     assert all(0 <= found[key] <= 1 for key in ('probe', 'probe_turned', 'knn'))
     assert 'k-NN' in (out / 'report.html').read_text()
+    expected = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_1.pth'))
+    assert_loads_elsewhere(out / 'timm', expected)
     after = torch.load(out / 'run' / 'epoch_1.pth', weights_only=False)['state_dict']
     ours = {k: v for k, v in model.state_dict().items() if k.startswith('backbone.') and v.ndim > 1}
     # Four steps of Adam or LARS at learning rates below 1e-3 of the shipped ones move a weight by

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ser_mm.arguments import InitCfg, Name, checked, filled
 
-from .ser_vit import SERVisionTransformer, Shapes, _by_image, _cat, _drop_path, _unpack
+from .ser_vit import SERVisionTransformer, Shapes, _cat, _drop_path, _linear_of_parts, _unpack
 
 
 def create_timm(owner: str, model: str, arguments: dict[str, Any] | None) -> nn.Module:
@@ -242,7 +242,7 @@ class SERTimmViT(SERVisionTransformer):
 
     def _run_layer(self, layer: nn.Module, tokens: Tensor, shapes: Shapes) -> Tensor:
         if not self._packs:
-            return _by_image(layer, tokens, shapes)
+            return _cat([layer(x).flatten(0, 1) for x in _unpack(tokens, shapes)])
         attn = layer.attn
 
         def attend(qkv: Tensor) -> Tensor:
@@ -254,8 +254,9 @@ class SERTimmViT(SERVisionTransformer):
             )
             return mixed.transpose(1, 2).flatten(2)
 
-        mixed = attn.norm(_by_image(attend, attn.qkv(layer.norm1(tokens)), shapes))
-        update = layer.ls1(attn.proj_drop(attn.proj(mixed)))
+        qkv = _unpack(attn.qkv(layer.norm1(tokens)), shapes)
+        mixed = [attn.norm(attend(x)).flatten(0, 1) for x in qkv]
+        update = layer.ls1(attn.proj_drop(_linear_of_parts(attn.proj, mixed)))
         tokens = tokens + _drop_path(layer.drop_path1, update, shapes)
         update = layer.ls2(layer.mlp(layer.norm2(tokens)))
         return tokens + _drop_path(layer.drop_path2, update, shapes)
