@@ -13,6 +13,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS, MODELS
 from PIL import Image
 
+from ser_mm.checkpoint import read_weights
 from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.images import use_images
 from ser_mm.engine.logs import read_scalars
@@ -86,8 +87,9 @@ def pretrain(
         model (str): Of :data:`BACKBONES`, or 'timm/NAME' for a ViT or ResNet of timm. Defaults to
             'vit_small_patch16'.
         method (str): Of :data:`METHODS`. Defaults to 'mocov3'.
-        weights (str | Path, optional): Checkpoint that the backbone starts from. Defaults to None:
-            random weights.
+        weights (str | Path, optional): Checkpoint that the backbone starts from, of any kind that
+            :func:`~ser_mm.checkpoint.load_backbone` knows; [CLS] enters where it did in that.
+            Defaults to None: random weights.
         image_size (int): Side of the views in pixels. Defaults to 224.
         batch_size (int, optional): Images per step of all devices together. Defaults to None: see
             :func:`choose_batch_size`.
@@ -217,10 +219,13 @@ def pretraining_config(
     if 'patch_size' in kind:
         algorithm.backbone.img_size = image_size
     if weights is not None:
-        if not Path(weights).expanduser().is_file():
+        file = Path(weights).expanduser().absolute()
+        if not file.is_file():
             raise FileNotFoundError(f'--weights {weights} is not a file; name a checkpoint.')
-        init = dict(type='Pretrained', checkpoint=str(Path(weights).expanduser().absolute()))
-        algorithm.backbone.init_cfg = init
+        algorithm.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(file))
+        if name.endswith('vits16'):  # [CLS] enters where it did, which weights of others do not say
+            late = [int(v) for k, v in read_weights(str(file)).items() if k.endswith('cls_after')]
+            algorithm.backbone.cls_layer = late[0] if late else 0
     if image_size % stride or image_size < 2 * stride:
         raise ValueError(
             f'--image-size {image_size}: a token of {model} covers {stride} pixels; choose a '

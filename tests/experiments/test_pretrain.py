@@ -9,10 +9,12 @@ import time
 
 import pytest
 import skimage.data
+import timm
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from PIL import Image
+from safetensors.torch import save_file
 
 from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.features import Embedder
@@ -65,6 +67,21 @@ def test_every_backbone_has_its_width(images, tmp_path, name):
     built = MODELS.build(algorithm.backbone)
     width = built.feat_dim if name.startswith('resnet') else built.embed_dims
     assert algorithm.neck.in_channels == width
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16', 'timm/vit_tiny_patch16_224'])
+def test_weights_of_timm_are_gone_on_from(images, tmp_path, name):
+    """They have [CLS] from the input."""
+    theirs = timm.create_model('vit_tiny_patch16_224', img_size=64, num_classes=0)
+    save_file(theirs.state_dict(), tmp_path / 'timm.safetensors')
+    cfg = config(images, tmp_path, model=name, weights=tmp_path / 'timm.safetensors')
+    backbone = MODELS.build(cfg.model.algorithm.backbone)
+    backbone.init_weights()
+    assert (backbone.ser_layer, backbone.cls_layer) == (3, 0)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, expected = backbone.eval()(pixels)[-1], theirs.eval()(pixels)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
