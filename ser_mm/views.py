@@ -1,5 +1,6 @@
-"""The batch container that carries b1 and b2 through a base algorithm."""
+"""The batch container that carries b1 and b2 through a base algorithm, and how many are in b2."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -52,6 +53,59 @@ class ViewBatch:
     @classmethod
     def __torch_function__(cls, function: Callable, types: tuple, args=(), kwargs=None) -> NoReturn:
         raise TypeError(f'`{function.__name__}` cannot take a view, for {_NO_TENSOR}')
+
+
+def count_b2(equi_ratio: float, images: int) -> int:
+    """Images of a global batch that are in b2 (paper, Section 3).
+
+    Args:
+        equi_ratio (float): Share of b2, 0 to 1.
+        images (int): Images of the batch, on all ranks.
+
+    Returns:
+        int: ``round(equi_ratio * images)``; but at least two, as one image has no negatives, unless
+        ``equi_ratio`` is 0.
+    """
+    return max(round(equi_ratio * images), min(2, images)) if equi_ratio > 0 else 0
+
+
+def count_b2_of_rank(equi_ratio: float, images: int, rank: int, world_size: int) -> int:
+    """Images of b2 that a rank has, where all have as many images and b2 to within one.
+
+    Args:
+        equi_ratio (float): Share of b2, 0 to 1.
+        images (int): Images of the batch on this rank.
+        rank (int): This rank.
+        world_size (int): Number of ranks.
+
+    Returns:
+        int: :func:`count_b2`, dealt over the ranks.
+    """
+    whole, rest = divmod(count_b2(equi_ratio, images * world_size), world_size)
+    return min(whole + (rank < rest), images)
+
+
+def check_b2(owner: str, equi_ratio: float, images: int) -> None:
+    """Refuse full batches of which less than two images are in b2.
+
+    Args:
+        owner (str): Whose argument ``equi_ratio`` is.
+        equi_ratio (float): Share of b2, 0 to 1.
+        images (int): Images of a global batch; 0 if that is not known.
+
+    Raises:
+        ValueError: With what to raise.
+    """
+    wanted = round(equi_ratio * images)
+    if not images or equi_ratio == 0 or wanted >= 2:
+        return
+    more = f'the batch to {math.ceil(1.5 / equi_ratio) + 1} images'
+    if images > 1:
+        more = f'equi_ratio to {2 / images:.2g} or more, or {more}'
+    raise ValueError(
+        f'{owner}: equi_ratio={equi_ratio:g} of a global batch of {images} images is {wanted} in '
+        f'b2, and the SER loss contrasts at least two; raise {more}.'
+    )
 
 
 def pack_maps(maps: Sequence[Tensor]) -> Tensor:

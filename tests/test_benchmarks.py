@@ -90,6 +90,14 @@ def test_pipeline_without_images(tmp_path):
     assert f'--data: {tmp_path}/no does not exist' in error.splitlines()[-1]
 
 
+def test_device_views(tmp_path):
+    out = tmp_path / 'device_views.json'
+    sizes = ['--size', 32, '--batch-size', 4, '--batches', 1, '--rounds', 1, '--equi-ratio', 0.5]
+    run('device_views.py', *sizes, '--out', out)
+    rows = json.loads(out.read_text())['variants']
+    assert len(rows) == 5 and all(row['images_per_second'] > 0 for row in rows.values())
+
+
 def test_authors_without_their_release(tmp_path):
     error = run('authors.py', tmp_path, check=False).stderr
     assert f'{tmp_path} has no builder/moco.py' in error.splitlines()[-1]

@@ -123,3 +123,13 @@ def test_elements_are_exact_in_lower_precision(dtype):
 def test_no_maps():
     none = geometry.act(maps(0, 4, 4), geometry.matrices(torch.zeros(0, dtype=torch.int64)), (3, 5))
     assert none.shape == (0, 3, 3, 5)
+
+
+@pytest.mark.parametrize('n', [0, 24])
+def test_batches_are_moved_as_arrays_are(n):
+    images, elements = maps(n, 5, 5), torch.arange(n) % 8
+    moved = geometry.act_on_images(images, elements)
+    assert moved.shape == images.shape
+    for x, y, element in zip(images, moved, elements.tolist(), strict=True):
+        expected = geometry.act_on_array(x.permute(1, 2, 0).numpy(), element)
+        np.testing.assert_array_equal(y.permute(1, 2, 0).numpy(), expected)

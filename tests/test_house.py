@@ -27,6 +27,7 @@ LAYERS = dict(
     geometry=0,
     draws=0,
     files=0,
+    progress=0,
     views=0,
     checkpoint=0,
     arguments=0,

@@ -18,11 +18,10 @@ from packaging.utils import canonicalize_name
 
 import ser_mm
 from ser_mm.engine.operators import read_config, require_operators
-from ser_mm.models import photometry
 from tests.support.paths import ROOT
 
 # Import names of packages that only some commands, transforms or tests need.
-OPTIONS = ['kornia', 'imagecorruptions', 'mmdet', 'pycocotools', 'safetensors', 'timm']
+OPTIONS = ['imagecorruptions', 'mmdet', 'pycocotools', 'safetensors', 'timm']
 
 
 def declared():
@@ -99,12 +98,6 @@ def test_import_needs_no_options():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_photometry_without_kornia(monkeypatch):
-    monkeypatch.setattr(photometry, 'kornia', None)
-    with pytest.raises(ImportError, match="needs kornia.*run `pip install 'kornia>=0.8'`, or"):
-        photometry.Photometry([dict(type='Solarize', thr=128)])
 
 
 def test_commits_are_formatted_by_the_pinned_ruff():

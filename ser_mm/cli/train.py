@@ -38,6 +38,7 @@ from ser_mm.engine.cpu import (
     get_local_rank,
     init_cpu_process_group,
 )
+from ser_mm.engine.hooks import check_device_views
 from ser_mm.engine.images import check_class_labels
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.options import set_options
@@ -206,6 +207,7 @@ def _train(args: argparse.Namespace, run: _Run) -> None:
         check_same_on_all_ranks(cfg)
         check_batches(runner.train_dataloader)
         # Builds the data set and the views, and what is wrong with them shows.
+        check_device_views(runner.model, runner.train_dataloader)
         split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
     # What fails from here on is as likely an error of the code, which needs its traceback.
     foreseen = (FloatingPointError, UnpicklingError, CheckpointError, ResumeError)

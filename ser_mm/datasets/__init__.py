@@ -1,5 +1,6 @@
 from .bundled_digits import write_bundled_digits
 from .bundled_photos import BundledPhotos, write_bundled_photos
+from .cached_images import CachedImages
 from .coco import CocoSummary, check_annotations, read_coco
 from .collate import default_collate
 from .exact_split import ExactSplit, split_batches
@@ -25,6 +26,7 @@ from .transforms import (
 
 __all__ = [
     'BundledPhotos',
+    'CachedImages',
     'CheckImageSize',
     'CocoSummary',
     'Corrupt',

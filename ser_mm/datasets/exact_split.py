@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ser_mm.datasets.transforms import EquivariantViewPipeline
+from ser_mm.views import check_b2, count_b2, count_b2_of_rank
 
 
 class ExactSplit:
@@ -48,15 +49,11 @@ class ExactSplit:
 
     def count(self, batch_size: int) -> int:
         """Images of b2 in a global batch, from the batch size of a rank."""
-        images = batch_size * self.world_size
-        wanted = round(self.equi_ratio * images)
-        # One image has no negatives, so a last, smaller batch has two as well.
-        return max(wanted, min(2, images)) if self.equi_ratio > 0 else 0
+        return count_b2(self.equi_ratio, batch_size * self.world_size)
 
     def places(self, indices: Sequence[int]) -> set[int]:
         """Which images of this rank's batch are in b2, by their places in it."""
-        whole, rest = divmod(self.count(len(indices)), self.world_size)
-        own = min(whole + (self.rank < rest), len(indices))
+        own = count_b2_of_rank(self.equi_ratio, len(indices), self.rank, self.world_size)
         if not own:
             return set()
         rng = np.random.default_rng([self.seed, self.epoch, self.rank, *map(int, indices)])
@@ -107,17 +104,7 @@ def split_batches(
             'the same.'
         )
     split = ExactSplit(loader.dataset, pipelines, seed, rank, world_size)
-    images = batch_size_of(loader) * world_size
-    wanted = round(split.equi_ratio * images)
-    if images and wanted < 2:
-        more = f'the batch to {int(np.ceil(1.5 / split.equi_ratio)) + 1} images'
-        if images > 1:
-            more = f'equi_ratio to {2 / images:.2g} or more, or {more}'
-        raise ValueError(
-            f'EquivariantViewPipeline: equi_ratio={split.equi_ratio:g} of a global batch of '
-            f'{images} images is {wanted} in b2, and the SER loss contrasts at least two; raise '
-            f'{more}.'
-        )
+    check_b2('EquivariantViewPipeline', split.equi_ratio, batch_size_of(loader) * world_size)
     loader.dataset.__getitems__ = split
     return split
 

@@ -13,10 +13,12 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ser_mm.arguments import Name, Natural, Positive, checked
 from ser_mm.datasets import EquivariantViewPipeline, pair_batches, split_batches
 from ser_mm.datasets.exact_split import batch_size_of, view_pipelines
+from ser_mm.views import check_b2, count_b2
 
 
 @HOOKS.register_module()
@@ -98,7 +100,9 @@ class EquivariantSplitHook(Hook):
     """Let every batch have as many images in b2, or pairs, as its view pipeline says.
 
     See :class:`~ser_mm.datasets.ExactSplit` and :class:`~ser_mm.datasets.PairedDraws`. Without an
-    :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing.
+    :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing; where the views are made by
+    :class:`~ser_mm.models.SERDataPreprocessor`, that divides the batches, and here they are
+    checked.
     """
 
     priority = 'VERY_HIGH'
@@ -113,19 +117,52 @@ class EquivariantSplitHook(Hook):
         loader = runner.train_dataloader
         _check_views_of_head(runner.model, view_pipelines(loader.dataset))
         pair_batches(loader)
+        check_device_views(runner.model, loader)
         self._split = split_batches(loader, runner.seed, get_rank(), get_world_size())
-        size = batch_size_of(loader)
-        if self._split is not None and size:
+        ratio = self._split.equi_ratio if self._split else ratio_on_device(runner.model)
+        images = batch_size_of(loader) * get_world_size()
+        if ratio and images:
             runner.logger.info(
-                f'b2 has {self._split.count(size)} of the {size * self._split.world_size} images '
-                f'of a batch (equi_ratio={self._split.equi_ratio:g}), dealt over '
-                f'{self._split.world_size} rank(s).'
+                f'b2 has {count_b2(ratio, images)} of the {images} images of a batch '
+                f'(equi_ratio={ratio:g}), dealt over {get_world_size()} rank(s).'
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Let a sampler that repeats its batches have others of their images in b2."""
         if self._split is not None:
             self._split.epoch = runner.epoch
+
+
+def ratio_on_device(model: nn.Module) -> float:
+    """Share of b2 in the views that the preprocessor of a model makes; 0 if it makes none.
+
+    Args:
+        model (nn.Module): A model of MMEngine, wrapped for several ranks or not.
+    """
+    preprocessor = getattr(getattr(model, 'module', model), 'data_preprocessor', None)
+    return getattr(preprocessor, 'equi_ratio', None) or 0.0
+
+
+def check_device_views(model: nn.Module, loader: DataLoader) -> None:
+    """Refuse data that a preprocessor cannot make its views of.
+
+    Args:
+        model (nn.Module): See :func:`ratio_on_device`.
+        loader (DataLoader): Of its training images.
+
+    Raises:
+        ValueError: If the data set makes views, too, or a global batch is too small for two images
+            in b2.
+    """
+    preprocessor = getattr(getattr(model, 'module', model), 'data_preprocessor', None)
+    if getattr(preprocessor, 'views', None) and any(view_pipelines(loader.dataset)):
+        raise ValueError(
+            'SERDataPreprocessor: views are made here, and by EquivariantViewPipeline in the data '
+            'set, too; leave that out of its pipeline, or views and equi_ratio out of '
+            'data_preprocessor.'
+        )
+    images = batch_size_of(loader) * get_world_size()
+    check_b2('SERDataPreprocessor', ratio_on_device(model), images)
 
 
 def _check_views_of_head(model: nn.Module, pipelines: Iterable[EquivariantViewPipeline]) -> None:

@@ -75,7 +75,9 @@ def use_images(
     for split in ('train', 'val'):
         if dataset := evaluation.get(split):
             new = source(split, bool(labels), len(splits) > 1)
-            evaluation[split] = ConfigDict(new, pipeline=dataset['pipeline'])
+            holder = ConfigDict(dataset=dataset)
+            _replace(holder, f'evaluation.{split}', new)
+            evaluation[split] = holder.dataset
 
 
 def _kind(model: dict) -> type:

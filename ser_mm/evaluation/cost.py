@@ -47,6 +47,11 @@ _METADATA = set(
     'unbind unfold unsqueeze view _reshape_alias _unsafe_view'.split()
 )
 
+_PLAIN = (
+    224,
+    224,
+)  # images that a preprocessor makes views of, which do not change the size of these
+
 
 def _flop_counter() -> FlopCounterMode:
     """Counter of torch, which here knows the CPU's attention as it knows the GPU's kernels."""
@@ -91,11 +96,11 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
     """Count what one training step of a config does, without doing it.
 
     The step is the forward pass of all branches, the losses and the backward pass, on views of
-    the size that ``train_dataloader.dataset.pipeline`` makes. It runs on tensors that have shapes
-    but no memory, so only the parameters are allocated. FLOPs are torch's count: two for each
-    multiplication with addition in matrix products, convolutions and attention (whose kernels
-    compute the scores again in the backward pass); norms, activations, interpolation, optimizer
-    and moving average count nothing. Operators are those in float32.
+    the size that ``train_dataloader.dataset.pipeline`` or the preprocessor makes. It runs on
+    tensors that have shapes but no memory, so only the parameters are allocated. FLOPs are torch's
+    count: two for each multiplication with addition in matrix products, convolutions and attention
+    (whose kernels compute the scores again in the backward pass); norms, activations,
+    interpolation, optimizer and moving average count nothing. Operators are those in float32.
 
     With SER, ``equi_ratio * batch_size`` images are in b2. Where that is not a whole number, the
     counts of the two next to it are weighed. Both views of b2 are on the grid of the mean area
@@ -117,8 +122,8 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
     """
     if batch_size < 1:
         raise ValueError(f'count_step: batch_size={batch_size} must be positive.')
-    views, ratio = _views(cfg)
     model = build_model(cfg).train()
+    views, ratio = _views(cfg, model)
     for module in model.modules():
         if hasattr(module, 'update_parameters'):
             module.update_parameters = lambda model: None  # it looks at how often it was called
@@ -214,8 +219,12 @@ def report_costs(config: dict, baseline: dict, config_name: str, baseline_name: 
     return '\n\n'.join(text)
 
 
-def _views(cfg: Config) -> tuple[list[tuple[int, int]], float]:
+def _views(cfg: Config, model: nn.Module) -> tuple[list[tuple[int, int]], float]:
     """Height and width of each view of an image, and the share of images in b2."""
+    preprocessor = model.data_preprocessor
+    if getattr(preprocessor, 'views', None):
+        ratio = preprocessor.equi_ratio or 0.0
+        return [view.output_size(_PLAIN) for view in preprocessor.views], ratio
     pipeline = Compose(deepcopy(cfg.train_dataloader.dataset.pipeline))
     ratio = 0.0
     for transform in pipeline.transforms:
@@ -319,10 +328,10 @@ class TrainingStep:
     ) -> None:
         cfg = deepcopy(cfg)
         adapt_to_device(cfg)
-        views, ratio = _views(cfg)
         torch.manual_seed(0)
         self.model = build_model(cfg)
         self.model.init_weights()
+        views, ratio = _views(cfg, self.model)
         if change is not None:
             change(self.model)
         self.model.to(get_device()).train()
@@ -334,7 +343,11 @@ class TrainingStep:
             torch.randint(256, (batch_size, 3, *view), dtype=torch.uint8, pin_memory=pinned)
             for view in views
         ]
-        if isinstance(self.model, TwoViewWrapper):
+        if getattr(self.model.data_preprocessor, 'views', None):
+            inputs = inputs[0]  # plain images, as large as their first view
+            if isinstance(self.model, TwoViewWrapper) and equi_ratio is not None:
+                self.model.data_preprocessor.equi_ratio = equi_ratio
+        elif isinstance(self.model, TwoViewWrapper):
             if getattr(self.model, 'equi_head', None) is not None:
                 inputs.append(torch.rand(batch_size, 2, NUM_DRAWS))
             record = torch.full((batch_size, 2), NOT_IN_B2)

@@ -29,11 +29,11 @@ from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
-from ser_mm.engine.logs import tell_progress
 from ser_mm.evaluation.backbone import as_config, build_backbone
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
 from ser_mm.files import read_kept, replacing
+from ser_mm.progress import tell_progress
 
 
 class Embedder(nn.Module):

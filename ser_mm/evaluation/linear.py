@@ -13,10 +13,10 @@ from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, is_main_process
 from torch import Tensor, nn
 
-from ser_mm.engine.logs import tell_progress
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.metrics import accuracy
 from ser_mm.files import read_kept, replacing
+from ser_mm.progress import tell_progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SOLVERS = ('lbfgs', 'sgd')

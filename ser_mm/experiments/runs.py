@@ -18,8 +18,9 @@ import torch
 from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 
-from ser_mm.engine.logs import SECONDS, read_scalars
+from ser_mm.engine.logs import read_scalars
 from ser_mm.files import locked, write_text
+from ser_mm.progress import SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package, a checkout or where packages are installed."""

@@ -44,13 +44,15 @@ COLUMNS = {
 SER_LAYER = 'model.algorithm.backbone.ser_layer'
 CLS_LAYER = 'model.algorithm.backbone.cls_layer'
 EQUI_RATIO = 'train_dataloader.dataset.pipeline.1.equi_ratio'
+DEVICE_RATIO = 'model.data_preprocessor.equi_ratio'
+"""The same where the views are made on the device."""
 IN_CHANNELS = 'model.neck.in_channels'
 STRIDE = 'model.data_preprocessor.patch_size'
 TEMPERATURE = 'model.head.temperature'
 LOSS_WEIGHT = 'model.loss_weight'
 CONFIG, NAME = 'config', 'name'
 """Fields of a point that is another config than that of the sweeps, and what to call its runs."""
-NAMED = (SER_LAYER, CLS_LAYER, EQUI_RATIO, TEMPERATURE, LOSS_WEIGHT)
+NAMED = (SER_LAYER, CLS_LAYER, EQUI_RATIO, DEVICE_RATIO, TEMPERATURE, LOSS_WEIGHT)
 
 Point = dict[str, Any]
 """Fields of the config to set, by their place in it."""
@@ -106,6 +108,7 @@ def points(
         TEMPERATURE: model.ser_head.temperature,
         LOSS_WEIGHT: model.loss_weight,
         EQUI_RATIO: pipeline[1].get('equi_ratio') if len(pipeline) > 1 else None,
+        DEVICE_RATIO: model.data_preprocessor.equi_ratio,
     }
     # Where the config says nothing of these, they follow the layer by themselves.
     given = {IN_CHANNELS: _field(cfg, IN_CHANNELS), STRIDE: _field(cfg, STRIDE)}
@@ -124,7 +127,7 @@ def points(
     else:
         place = dict(
             cls=CLS_LAYER,
-            equi_ratio=EQUI_RATIO,
+            equi_ratio=DEVICE_RATIO if model.data_preprocessor.views else EQUI_RATIO,
             temperature=TEMPERATURE,
             loss_weight=LOSS_WEIGHT,
         )[sweep]

@@ -88,11 +88,14 @@ class EquivarianceAlgorithm(TwoViewWrapper):
                 "momentum branch; set head.other='online', or leave it out."
             )
         hidden = self.equi_head.needs_draws or self.equi_head.needs_pairs
-        if hidden and self.data_preprocessor.photometry:
+        on_device = [
+            name for name in ('photometry', 'views') if getattr(self.data_preprocessor, name)
+        ]
+        if hidden and on_device:
             raise ValueError(
                 f'EquivarianceAlgorithm: {type(self.equi_head).__name__} needs the draws of the '
-                'pipeline, and data_preprocessor.photometry draws on the device; leave that out, '
-                'and have photometry in the views of EquivariantViewPipeline.'
+                f'pipeline, and data_preprocessor.{on_device[0]} draws on the device; leave that '
+                'out, and have all in the views of EquivariantViewPipeline.'
             )
 
     def _views_of_algorithm(self, inputs: list[ViewBatch]) -> list[ViewBatch]:

@@ -217,6 +217,11 @@ def _preprocessor(
         built = given
     else:
         raise _not_splitting(owner, type(given))
+    if built.views and built.equi_ratio is None:
+        raise ValueError(
+            f'{owner}: data_preprocessor.views without an equi_ratio makes views for an algorithm '
+            'alone; set data_preprocessor.equi_ratio, the share of b2, such as 0.01.'
+        )
     if built.patch_size != stride:
         raise ValueError(
             f'{owner}: data_preprocessor.patch_size={built.patch_size}, but a token of the '

@@ -115,3 +115,19 @@ def test_a_resumed_loop_by_iteration_does_not_repeat_its_draws(imagenet_tree, tm
     )
     assert len(set(whole.draws)) == 8
     assert rest.draws == whole.draws[5:]
+
+
+def test_views_on_the_device_are_told_and_checked_before_training(imagenet_tree, tmp_path):
+    def run(ratio, views=None, name='simsiam'):
+        model = short_run.on_device(ALGORITHMS[name], ratio)
+        folder = tmp_path / f'{ratio}'
+        short_run.run(model, views, imagenet_tree, folder, 1, batch_size=8, log_level='INFO')
+        return next(folder.glob('*/*.log')).read_text()
+
+    told = 'b2 has 3 of the 8 images of a batch (equi_ratio=0.4), dealt over 1 rank(s).'
+    assert told in run(0.4)
+    assert 'b2 has' not in run(0)
+    with pytest.raises(ValueError, match='SERDataPreprocessor: equi_ratio=0.1 .* 8 images is 1 in'):
+        run(0.1)
+    with pytest.raises(ValueError, match='views are made here, and by EquivariantViewPipeline'):
+        run(0.5, short_run.equivariant_views(0.5))

@@ -1,6 +1,7 @@
 import json
 
-from ser_mm.engine.logs import read_scalars, tell_progress
+from ser_mm.engine.logs import read_scalars
+from ser_mm.progress import tell_progress
 
 
 def test_of_two_starts_the_last_counts(tmp_path):

@@ -37,6 +37,72 @@ def test_resumed_run_goes_as_the_uninterrupted_one(name, imagenet_tree, tmp_path
     assert any(not torch.equal(whole[-5][k], whole[-1][k]) for k in whole[-1] if 'ser_neck' in k)
 
 
+class Seen(Hook):
+    """What the model is given in each iteration: b1 and b2 of each view, and their elements."""
+
+    def __init__(self):
+        self.views = []
+
+    def before_train(self, runner):
+        model = getattr(runner.model, 'module', runner.model)
+        loss = model.loss
+
+        def watched(inputs, *args, **kwargs):
+            self.views.append([[x.base, x.equi, x.elements] for x in inputs])
+            return loss(inputs, *args, **kwargs)
+
+        model.loss = watched
+
+
+def on_device(rank, root, folder, batch_size):
+    """A whole run and the second half of it, with views made by the model."""
+    config = short_run.on_device(ALGORITHMS['simsiam'], equi_ratio=3 / 8)
+    runs = []
+    for name, start in dict(whole=None, rest=folder / 'whole' / 'epoch_1.pth').items():
+        seen = Seen()
+        _, states = short_run.run(
+            config,
+            None,
+            root,
+            folder / name,
+            resume_from=start,
+            hooks=[seen],
+            batch_size=batch_size,
+        )
+        runs.append((seen.views, states))
+    return runs
+
+
+def check_rest(whole, rest):
+    (views, states), (views_of_rest, states_of_rest) = whole, rest
+    half = len(views_of_rest)
+    assert len(views) == 2 * half == len(states) - 1
+    for state, other in zip(states[-half:], states_of_rest[-half:], strict=True):
+        # Of a rank's own running statistics, which training does not use, the first's are kept.
+        keys = [k for k in state if '.running_' not in k]
+        assert [k for k in keys if not torch.equal(state[k], other[k])] == []
+    for view, other in zip(views[half:], views_of_rest, strict=True):
+        assert all(map(torch.equal, sum(view, []), sum(other, [])))
+    assert not torch.equal(views[0][0][0], views[half][0][0])
+
+
+def test_a_resumed_run_with_views_on_the_device_too(imagenet_tree, tmp_path):
+    whole, rest = on_device(0, imagenet_tree, tmp_path, 8)
+    check_rest(whole, rest)
+    assert [len(view[1]) for views in whole[0] for view in views] == [3] * 8
+
+
+@pytest.mark.slow
+def test_and_on_two_ranks(imagenet_tree, tmp_path):
+    """Of 8 images on two ranks 3 are in b2: two on the first, one on the second."""
+    ranks = on_two_ranks(on_device, imagenet_tree, tmp_path, 4)
+    for (whole, rest), count in zip(ranks, (2, 1), strict=True):
+        check_rest(whole, rest)
+        assert [len(view[1]) for views in whole[0] for view in views] == [count] * 8
+    first, second = (whole[0][0][0][0] for whole, _ in ranks)
+    assert not torch.equal(first[0], second[0])  # other images, and other draws
+
+
 class Scheduled(Hook):
     """All that follows a schedule, in each iteration by its number."""
 

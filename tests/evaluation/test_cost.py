@@ -132,3 +132,18 @@ def test_local_crops_are_counted_in_ser():
     counted = count_step(cfg, 8)
     assert [max(view) for view in counted['views']] == [48, 48, 24, 24, 24, 24]
     assert counted['flops'] > count_step(read_config('demo/ser_mocov3'), 8)['flops']
+
+
+def test_a_step_costs_the_same_where_its_views_are_made(imagenet_tree):
+    model = ALGORITHMS['mocov3']
+    host = count_step(config(model, short_run.equivariant_views(0.25)), 8)
+    plain = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[])), optim_wrapper=OPTIM))
+    plain.model = short_run.on_device(model, 0.25)
+    assert count_step(plain, 8) == host
+    step = TrainingStep(plain, 8, equi_ratio=0.5)
+    step()
+    inputs = step.model.data_preprocessor(step.batch, True)['inputs']
+    assert [(len(view.base), len(view.equi)) for view in inputs] == [(4, 4)] * 2
+
+
+OPTIM = dict(optimizer=dict(type='AdamW', lr=1e-3))

@@ -33,6 +33,18 @@ def names(found):
     return {value: Path(cfg.work_dir).name for value, cfg in found.items()}
 
 
+def test_the_ratio_of_views_on_the_device():
+    """It is the preprocessor's, where the views are."""
+    crop = dict(type='RandomResizedCrop', scale=48, backend='pillow')
+    options = {
+        'model.data_preprocessor': dict(views=[[crop], [crop]], equi_ratio=0.5),
+        'train_dataloader.dataset.pipeline': [dict(type='PackInputs')],
+    }
+    found = folders('equi_ratio', [0.25, 0.5], **options)
+    assert names(found) == {0.25: 'equi_ratio=0.25', 0.5: 'SER'}
+    assert found[0.25].model.data_preprocessor.equi_ratio == 0.25
+
+
 def test_points_of_the_sweeps():
     layer = folders('layer')
     assert names(layer) == {

@@ -43,6 +43,8 @@ def step_on_meta(config, monkeypatch):
     optim_wrapper = build_optim_wrapper(model, optimizer)
     views = [torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8) for _ in range(2)]
     inputs = [*views, RECORD] if config['type'] == 'SERAlgorithm' else views
+    if getattr(model.data_preprocessor, 'views', None):
+        inputs = views[0]
     with CopiesWaitedFor() as copies:
         for _ in range(2):  # the second one moves the momentum branch
             copies.shapes.clear()
@@ -67,14 +69,24 @@ def test_the_meta_device_does_notice(monkeypatch):
             read(x)
 
 
+JITTER = dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+PHOTOMETRY = [
+    dict(type='RandomApply', transforms=[JITTER], prob=0.8),
+    dict(type='RandomGrayscale', prob=0.5, keep_channels=True),
+    dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf', prob=0.5),
+    dict(type='Solarize', thr=128, prob=0.5),
+]
+
+
 def test_photometry_on_the_device_does_not_wait_either(monkeypatch):
     config = copy.deepcopy(ALGORITHMS['byol'])
-    jitter = dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-    photometry = [
-        dict(type='RandomApply', transforms=[jitter], prob=0.8),
-        dict(type='RandomGrayscale', prob=0.5, keep_channels=True),
-        dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf', prob=0.5),
-        dict(type='Solarize', thr=128, prob=0.5),
-    ]
-    config['data_preprocessor'].update(photometry=[photometry, photometry])
+    config['data_preprocessor'].update(photometry=[PHOTOMETRY, PHOTOMETRY])
+    assert step_on_meta(config, monkeypatch) == []
+
+
+def test_whole_views_on_the_device_do_not_wait_either(monkeypatch):
+    config = copy.deepcopy(ALGORITHMS['byol'])
+    crop = dict(type='RandomResizedCrop', scale=32, backend='pillow', interpolation='bicubic')
+    views = [[dict(crop), *PHOTOMETRY, dict(type='RandomFlip', prob=0.5)]] * 2
+    config['data_preprocessor'].update(views=views, equi_ratio=0.5)
     assert step_on_meta(config, monkeypatch) == []

@@ -15,8 +15,6 @@ from ser_mm.models.photometry import Photometry
 from tests.support import policies
 from tests.support.paths import ROOT
 
-pytest.importorskip('kornia')
-
 CONFIG = Config.fromfile(ROOT / 'configs' / 'ser_mocov3_vits16_device_views.py')
 POLICIES = CONFIG.photometry1, CONFIG.photometry2
 SIZE = 40
@@ -237,7 +235,6 @@ def test_mixed_precision_does_not_touch_it(crops):
     'options, message',
     [
         (dict(photometry=[[dict(type='Rotate', angle=30.0)], []]), 'Rotate cannot run on the'),
-        (dict(photometry=POLICIES, to_rgb=False), 'set to_rgb=True'),
         (dict(photometry=POLICIES[:1]), 'photometry has 1 lists, but a batch 2 views'),
         (dict(photometry=[[dict(type='GaussianBlur', magnitude_range=(0, 2))]] * 2), "std='inf'"),
     ],

@@ -120,6 +120,17 @@ def rows(folder: Path) -> dict[str, Row]:
         AtomicCheckpointHook=Row({}),
         AugSelfHead=Row(dict(in_channels=4, hid_channels=5), objective),
         BundledPhotos=Row(dict(lazy_init=True)),
+        CachedImages=Row(
+            dict(
+                dataset=dict(
+                    type='ImageSource',
+                    data_root=str(folder),
+                    extensions=('.png',),
+                    pipeline=[dict(type='LoadReadableImage')],
+                ),
+                lazy_init=True,  # nothing is written
+            ),
+        ),
         CheckImageSize=Row({}),
         Corrupt=Row(
             dict(corruption='contrast', severity=1),

@@ -27,6 +27,18 @@ def equivariant_views(equi_ratio):
     )
 
 
+# The same crop by the filter that the device has, and views that the model makes.
+DEVICE_CROP = dict(CROP, backend='pillow')
+DEVICE_VIEWS = [[DEVICE_CROP, JITTER, FLIP], [DEVICE_CROP, FLIP]]
+
+
+def on_device(config, equi_ratio, views=DEVICE_VIEWS):
+    """An algorithm whose preprocessor makes the views."""
+    config = copy.deepcopy(config)
+    config['data_preprocessor'].update(views=views, equi_ratio=equi_ratio)
+    return config
+
+
 def without_ser(config):
     """The wrapped algorithm alone, on the same backbone: [CLS] stays where it was."""
     algorithm = copy.deepcopy(config['algorithm'])
@@ -62,9 +74,13 @@ def run(
     schedules=None,
     batch_size=4,
 ):
-    """Train on ``root``; returns the runner and the states that it went through."""
+    """Train on ``root``; returns the runner and the states that it went through.
+
+    With ``views=None`` the model makes them of the images, which are of one size.
+    """
     record = Record()
-    pipeline = [dict(type='LoadImageFromFile'), views, dict(type='PackInputs')]
+    made = [] if views is None else [views]
+    pipeline = [dict(type='LoadImageFromFile'), *made, dict(type='PackInputs')]
     runner = Runner(
         copy.deepcopy(model),
         work_dir=str(work_dir),
