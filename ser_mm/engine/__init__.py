@@ -1,4 +1,5 @@
 from .checkpointing import AtomicCheckpointHook
+from .compiling import CompileHook
 from .hooks import (
     EpochSeedHook,
     EquivariantSplitHook,
@@ -11,6 +12,7 @@ from .resuming import ResumeHook
 
 __all__ = [
     'AtomicCheckpointHook',
+    'CompileHook',
     'EpochSeedHook',
     'EquivariantSplitHook',
     'FreezeLayerHook',

@@ -120,6 +120,7 @@ def rows(folder: Path) -> dict[str, Row]:
         AugSelfHead=Row(dict(in_channels=4, hid_channels=5), objective),
         BundledPhotos=Row(dict(lazy_init=True)),
         CheckImageSize=Row({}),
+        CompileHook=Row({}),
         Corrupt=Row(
             dict(corruption='contrast', severity=1),
             lambda built: built(dict(img=image, img_path='x')),
