@@ -10,9 +10,9 @@ from torch import nn
 
 from ser_mm.arguments import Name, checked
 
+# Of blocks with and without drop path, with and without gradient, with none, one or more images in
+# b2, there are 12.
 GRAPHS = 16
-"""Graphs of a function that torch keeps: of blocks with and without drop path, with and without
-gradient, with none, one or more images in b2, there are 12."""
 
 
 @HOOKS.register_module()

@@ -175,7 +175,7 @@ def step_on_rank(rank, with_cp):
             compile_backbones(run, backend='aot_eager')
         ddp = MMDistributedDataParallel(run, find_unused_parameters=False)
         for step in range(2):
-            views = two_views(4, 2 - rank, seed=2 * step + rank, dtype=torch.float64)
+            views = two_views(4 + rank, 2 - rank, seed=2 * step + rank, dtype=torch.float64)
             torch.manual_seed(step)
             run.zero_grad()
             run.parse_losses(ddp(views, None, mode='loss'))[0].backward()
