@@ -3,33 +3,26 @@
 The release is not part of this package; fetch it first and say where it is:
 
     git clone https://github.com/aitrics-chris/SER /path/to/SER
-    python benchmarks/authors.py /path/to/SER
+    python benchmarks/authors.py /path/to/SER --batch-size 16 --equi-ratio 0.125
 
 Its step is the one of its training loop, with the settings of its recipe: photometry on the device,
 forward, loss, mixed precision, backward, optimizer, DDP and synchronised BatchNorm on one rank, and
-the losses that it reads back in every step. Ours has its photometry on the device too. Beside them
-is MMPretrain's own MoCo v3 without SER and without photometry, with its own ViT and momentum
-update. Without a GPU the release, written for one, is run on the CPU by mapping its devices.
+the losses that it reads back in every step. Without a GPU the release, written for one, is run on
+the CPU by mapping its devices. Ours has its photometry on the device too; beside them is MoCo v3 of
+MMPretrain, without photometry. Further arguments are those of step.py.
 """
 
 import argparse
 import contextlib
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from mmengine.config import Config
 from mmengine.device import get_device
-from step import ROOT, STEP_COLUMNS, add_step_arguments, prepare, report, step_cells
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
-
-from ser_mm.evaluation.cost import TrainingStep, take_turns
-from ser_mm.evaluation.results import make_table
 
 
 class OnCPU(TorchFunctionMode):
@@ -53,9 +46,10 @@ class Release:
     Args:
         folder (Path): Their repository.
         args (argparse.Namespace): The command line.
+        precision (str): Asked for; theirs is float16 on a GPU, whatever that is.
     """
 
-    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, precision: str) -> None:
         sys.path.insert(0, str(folder))
         import builder.moco
         import builder.utils
@@ -77,6 +71,7 @@ class Release:
             batch_size=args.batch_size,
         )
         self.cuda = get_device() == 'cuda'
+        self.precision = 'float16' if self.cuda else 'float32'
         torch.backends.cudnn.benchmark = self.cuda  # as they have it; for all that is compared
         backbone = vision_transformer.vit_small
         model = builder.moco.MoCo_ViT(self.options, backbone, 256, 4096, 0.2)
@@ -124,52 +119,8 @@ class Release:
         self.scaler.update()
 
 
-def mmpretrain_config() -> Config:
-    """MMPretrain's MoCo v3 with its own ViT, of the same size."""
-    cfg = Config.fromfile(ROOT / 'configs/mocov3_vits16.py')
-    backbone = cfg.model.backbone
-    backbone.update(type='MoCoV3ViT', norm_eval=False)
-    return cfg
-
-
-def main() -> None:
-    """Measure, print a table, and write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('release', type=Path, help="folder of the authors' repository")
-    add_step_arguments(parser)
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmarks/authors.json'))
-    args = parser.parse_args()
-    if not (args.release / 'builder' / 'moco.py').is_file():
-        parser.error(f'{args.release} has no builder/moco.py: give the folder of their repository')
-    if not 0 < round(args.equi_ratio * args.batch_size) < args.batch_size:
-        parser.error(
-            f'--equi-ratio {args.equi_ratio} of {args.batch_size} images leaves b1 or b2 empty, '
-            'which the release cannot train on; give another one'
-        )
-
-    prepare()
-    ours = Config.fromfile(ROOT / 'configs/ser_mocov3_vits16_device_views.py')
-    with tempfile.TemporaryDirectory() as folder:
-        backend = 'nccl' if get_device() == 'cuda' else 'gloo'
-        dist.init_process_group(backend, f'file://{folder}/store', rank=0, world_size=1)
-        variants = {
-            "MMPretrain's MoCo v3": TrainingStep(mmpretrain_config(), args.batch_size),
-            'SER, photometry on the device': TrainingStep(ours, args.batch_size, args.equi_ratio),
-            "the authors' release": Release(args.release.resolve(), args),
-        }
-        rows = take_turns(variants, args.steps, args.warmup)
-        dist.destroy_process_group()
-    about = dict(
-        batch_size=args.batch_size,
-        b2=round(args.equi_ratio * args.batch_size),
-        steps=args.steps,
-    )
-    report(args.out, about, rows)
-    table = [[name, *step_cells(row, args.batch_size)] for name, row in rows.items()]
-    print(make_table(STEP_COLUMNS, table))
-
-
 if __name__ == '__main__':
-    main()
+    from step import RELEASE, main
+
+    ours = ["MMPretrain's MoCo v3", 'SER, photometry on the device', RELEASE]
+    main(['--out', 'work_dirs/benchmarks/authors.json', '--release', *sys.argv[1:]], ours)

@@ -7,22 +7,32 @@ authors' release. The variants take turns, so the ratios are of neighbouring ste
 speed of the machine drifts.
 
     python benchmarks/step.py --batch-size 64 --equi-ratio 0.03125
+
+``--variants`` chooses among these and further ones: compiled backbones, photometry on the device,
+MMPretrain's own MoCo v3 and, with ``--release``, the authors' release (see authors.py).
 """
 
 import argparse
+import contextlib
 import json
 import platform
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 import ser_mm
+from ser_mm.engine.compiling import compile_backbones
 from ser_mm.evaluation.cost import TrainingStep, take_turns
 from ser_mm.evaluation.results import make_table
 from ser_mm.models import SERVisionTransformer
@@ -65,8 +75,63 @@ def count_kernels(step: Callable[[], None]) -> int:
     return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
 
 
-def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+PRECISIONS = ('float32', 'bfloat16', 'float16')
+OURS = ROOT / 'configs/ser_mocov3_vits16.py'
+BASELINE = ROOT / 'configs/mocov3_vits16.py'
+MMPRETRAIN = 'mmpretrain::mocov3/mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k.py'
+RELEASE = "authors' release"
+
+
+def variants_of(args: argparse.Namespace) -> dict[str, Callable[[str], Any]]:
+    """What can be timed: from a name to a function that makes the step in a precision."""
+
+    def ours(
+        config: Path | str, change: Callable[[nn.Module], None] | None = None
+    ) -> Callable[[str], TrainingStep]:
+        def build(precision: str) -> TrainingStep:
+            external = isinstance(config, str)
+            cfg = get_config(config) if external else Config.fromfile(config)
+            cfg.optim_wrapper.type = 'OptimWrapper' if precision == 'float32' else 'AmpOptimWrapper'
+            for key in ('loss_scale', 'dtype'):
+                cfg.optim_wrapper.pop(key, None)
+            if precision != 'float32':
+                scale = 'dynamic' if precision == 'float16' else 1.0
+                cfg.optim_wrapper.update(dtype=precision, loss_scale=scale)
+            return TrainingStep(cfg, args.batch_size, args.equi_ratio, change)
+
+        return build
+
+    def release(precision: str) -> Callable[[], None]:
+        from authors import Release
+
+        return Release(args.release.resolve(), args, precision)
+
+    def compiled(model: nn.Module) -> None:
+        compile_backbones(model, backend=args.backend)
+
+    return {
+        'baseline': ours(args.baseline),
+        "baseline, SER's momentum update": ours(args.baseline, use_foreach_update),
+        'baseline, compiled': ours(args.baseline, compiled),
+        'SER': ours(args.config),
+        'SER, compiled': ours(args.config, compiled),
+        'SER, two passes': ours(args.config, use_two_passes),
+        'SER, photometry on the device': ours(ROOT / 'configs/ser_mocov3_vits16_device_views.py'),
+        "MMPretrain's MoCo v3": ours(MMPRETRAIN),
+        RELEASE: release,
+    }
+
+
+DEFAULT = ['baseline', "baseline, SER's momentum update", 'SER', 'SER, two passes']
+
+
+def add_step_arguments(parser: argparse.ArgumentParser, variants: list[str]) -> None:
     """The arguments of benchmarks that time training steps."""
+    parser.add_argument('--config', type=Path, default=OURS)
+    parser.add_argument('--baseline', type=Path, default=BASELINE)
+    parser.add_argument('--variants', nargs='+', default=variants, help=f'default: {variants}')
+    parser.add_argument('--release', type=Path, help="folder of the authors' repository")
+    parser.add_argument('--backend', default='inductor', help='of torch.compile')
     parser.add_argument('--batch-size', type=int, default=256, help='images (default: 256)')
     parser.add_argument('--equi-ratio', type=float, default=0.01, help='share of b2')
     steps, warmup = (30, 10) if get_device() == 'cuda' else (5, 1)
@@ -76,10 +141,82 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_step_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured; with ``--release`` the release is one of the variants."""
+    if args.release is not None and RELEASE not in args.variants:
+        args.variants = [*args.variants, RELEASE]
+    unknown = set(args.variants) - set(variants_of(args))
+    if unknown:
+        parser.error(f'--variants {unknown.pop()!r}: choose from {list(variants_of(args))}')
+    if RELEASE not in args.variants:
+        return
+    if args.release is None or not (args.release / 'builder' / 'moco.py').is_file():
+        parser.error(f'{args.release} has no builder/moco.py: give the folder of their repository')
+    if not 0 < round(args.equi_ratio * args.batch_size) < args.batch_size:
+        parser.error(
+            f'--equi-ratio {args.equi_ratio} of {args.batch_size} images leaves b1 or b2 empty, '
+            'which the release cannot train on; give another one'
+        )
+
+
+def measure(args: argparse.Namespace, precision: str = 'float32') -> dict[str, dict]:
+    """Time the variants in turns, then count.
+
+    Args:
+        args (argparse.Namespace): The command line.
+        precision (str): Of ``PRECISIONS``.
+
+    Returns:
+        dict[str, dict]: By name, what :func:`~ser_mm.evaluation.cost.take_turns` measures,
+        ``first_seconds``, of the first step, with compiling in it, ``images_per_second``,
+        ``kernels`` (GPU) and, but for compiled ones and the release, ``operators`` and ``flops``.
+    """
+    builders = variants_of(args)
+    steps = {name: builders[name](precision) for name in args.variants}
+    first = {}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        step()
+        first[name] = time.perf_counter() - start
+    rows = take_turns(steps, args.steps, args.warmup)
+    for name, row in rows.items():
+        row['precision'] = precision_of(steps[name])
+        row['first_seconds'] = first[name]
+        row['images_per_second'] = args.batch_size / row['seconds']
+        row['kernels'] = count_kernels(steps[name]) if get_device() == 'cuda' else None
+        if isinstance(steps[name], TrainingStep) and 'compiled' not in name:
+            row.update(steps[name].count())
+    base = next(iter(rows.values()))
+    for row in rows.values():
+        for key in ('operators', 'flops'):
+            if key in row and key in base:
+                row[f'{key}_ratio'] = row[key] / base[key]
+    return rows
+
+
+def precision_of(step: Any) -> str:
+    """The precision that a step has on this device; a config's own may not exist there."""
+    wrapper = getattr(step, 'optim_wrapper', None)
+    if wrapper is None:
+        return step.precision
+    cast = getattr(wrapper, 'cast_dtype', torch.float32)
+    return str(cast or torch.float16).removeprefix('torch.')
+
+
 def prepare() -> None:
     """What a Runner would set up: scope and log level."""
     init_default_scope('mmpretrain')
     MMLogger.get_instance('benchmark', log_level='ERROR')
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of one, which the release asks for."""
+    with tempfile.TemporaryDirectory() as folder:
+        backend = 'nccl' if get_device() == 'cuda' else 'gloo'
+        dist.init_process_group(backend, f'file://{folder}/store', rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
 
 
 def report(out: Path, about: dict, rows: dict[str, dict]) -> None:
@@ -121,34 +258,37 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def main() -> None:
+def make_step_table(rows: dict[str, dict], batch_size: int) -> str:
+    """Time, memory and counts of variants."""
+    table = []
+    for name, row in rows.items():
+        counted = ['-', '-']
+        if 'operators_ratio' in row:
+            counted = [
+                f'{row["operators"]} ({row["operators_ratio"]:.3f}x)',
+                f'{row["flops"] / 1e9:.1f} G ({row["flops_ratio"]:.4f}x)',
+            ]
+        first = f'{row["first_seconds"]:.1f}'
+        kernels = row['kernels'] or '-'
+        table.append([name, *step_cells(row, batch_size), first, kernels, *counted])
+    return make_table([*STEP_COLUMNS, 'first step, s', 'kernels', 'operators', 'FLOPs'], table)
+
+
+def main(argv: Sequence[str] | None = None, variants: list[str] = DEFAULT) -> None:
     """Measure, print a table, and write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--config', type=Path, default=ROOT / 'configs/ser_mocov3_vits16.py')
-    parser.add_argument('--baseline', type=Path, default=ROOT / 'configs/mocov3_vits16.py')
-    add_step_arguments(parser)
+    add_step_arguments(parser, variants)
+    parser.add_argument('--precision', choices=PRECISIONS, default=None)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmarks/step.json'))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_step_arguments(parser, args)
 
     prepare()
-    asked = {
-        'baseline': (args.baseline, None),
-        "baseline, SER's momentum update": (args.baseline, use_foreach_update),
-        'SER': (args.config, None),
-        'SER, two passes': (args.config, use_two_passes),
-    }
-    variants = {
-        name: TrainingStep(Config.fromfile(config), args.batch_size, args.equi_ratio, change)
-        for name, (config, change) in asked.items()
-    }
-    rows = take_turns(variants, args.steps, args.warmup)
-    for name, row in rows.items():
-        row['kernels'] = count_kernels(variants[name]) if get_device() == 'cuda' else None
-        row.update(variants[name].count())
-        for key in ('operators', 'flops'):
-            row[f'{key}_ratio'] = row[key] / rows['baseline'][key]
+    precision = args.precision or ('float16' if get_device() == 'cuda' else 'float32')
+    with one_rank() if RELEASE in args.variants else contextlib.nullcontext():
+        rows = measure(args, precision)
     about = dict(
         config=args.config.stem,
         batch_size=args.batch_size,
@@ -156,17 +296,7 @@ def main() -> None:
         steps=args.steps,
     )
     report(args.out, about, rows)
-    table = [
-        [
-            name,
-            *step_cells(row, args.batch_size),
-            row['kernels'] or '-',
-            f'{row["operators"]} ({row["operators_ratio"]:.3f}x)',
-            f'{row["flops"] / 1e9:.1f} G ({row["flops_ratio"]:.4f}x)',
-        ]
-        for name, row in rows.items()
-    ]
-    print(make_table([*STEP_COLUMNS, 'kernels', 'operators', 'FLOPs'], table))
+    print(make_step_table(rows, args.batch_size))
 
 
 if __name__ == '__main__':

@@ -85,6 +85,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
+        '--compile', action='store_true', help='compile the backbones with torch.compile'
+    )
+    parser.add_argument(
         '--no-validate', action='store_true', help='leave out the validation between epochs'
     )
     parser.add_argument(
@@ -140,6 +143,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
     needed = ['EquivariantSplitHook', 'ResumeHook'] if _is_ser(cfg.model) else ['ResumeHook']
+    needed += ['CompileHook'] * args.compile
     hooks = list(cfg.get('custom_hooks') or [])
     missing = [name for name in needed if name not in str(hooks)]
     cfg.custom_hooks = [*hooks, *(dict(type=f'mmpretrain.{name}') for name in missing)]

@@ -1,4 +1,5 @@
 from .checkpointing import AtomicCheckpointHook
+from .compiling import CompileHook
 from .hooks import (
     EpochSeedHook,
     EquivariantSplitHook,
@@ -13,6 +14,7 @@ from .resuming import ResumeHook
 __all__ = [
     'AtomicCheckpointHook',
     'CPUAmpOptimWrapper',
+    'CompileHook',
     'EpochSeedHook',
     'EquivariantSplitHook',
     'FreezeLayerHook',

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -93,7 +94,7 @@ def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tens
     Yields:
         Callable: Maps images (N, 3, H, W) to a tuple of maps (N, C, h, w), in eval mode.
     """
-    options = {}
+    options: dict[str, Any] = {}
     if hasattr(backbone, 'out_type') and hasattr(backbone, 'num_layers'):
         options = dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
     elif isinstance(backbone, ResNet):

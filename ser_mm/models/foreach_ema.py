@@ -30,6 +30,7 @@ class ForeachCosineEMA(CosineEMA):
         super().__init__(*args, **kwargs)
         self._steps_on_host = self.steps.cpu().clone()  # need not be read from the device
 
+    @torch.compiler.disable
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move the average towards a model; the first update makes it a copy.

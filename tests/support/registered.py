@@ -132,6 +132,7 @@ def rows(folder: Path) -> dict[str, Row]:
             ),
         ),
         CheckImageSize=Row({}),
+        CompileHook=Row({}),
         Corrupt=Row(
             dict(corruption='contrast', severity=1),
             lambda built: built(dict(img=image, img_path='x')),

@@ -161,7 +161,6 @@ class SERTimmViT(SERVisionTransformer):
         for part in ('cls_token', 'reg_token', 'pos_embed'):
             self.register_parameter(part, getattr(vit, part))
         self.model, self.model_args = model, dict(model_args or {})
-        self._packs = all(_can_be_packed(block) for block in vit.blocks)
         has_positions = self.pos_embed is not None
         self._extra = self.num_extra_tokens if has_positions and not vit.no_embed_class else 0
         if cls_layer:
@@ -240,8 +239,9 @@ class SERTimmViT(SERVisionTransformer):
         images = [self._with_prefix(x) for x in _unpack(tokens, shapes)]
         return _cat([x.flatten(0, 1) for x in images]), [tuple(x.shape[:2]) for x in images]
 
-    def _run_layer(self, layer: nn.Module, tokens: Tensor, shapes: Shapes) -> Tensor:
-        if not self._packs:
+    @staticmethod
+    def _run_layer(layer: nn.Module, tokens: Tensor, shapes: Shapes) -> Tensor:
+        if not _can_be_packed(layer):
             return _cat([layer(x).flatten(0, 1) for x in _unpack(tokens, shapes)])
         attn = layer.attn
 

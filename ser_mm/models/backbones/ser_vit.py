@@ -1,8 +1,10 @@
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from mmpretrain.models.utils import resize_pos_embed
@@ -101,6 +103,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         **kwargs,
     ) -> None:
         super().__init__(arch, *args, init_cfg=init_cfg, **kwargs)
+        for module in self.modules():
+            if isinstance(module, DropPath):  # a number of NumPy's would break graphs
+                module.drop_prob = float(module.drop_prob)
         self.linear_init = linear_init
         self.pos_resize = pos_resize
         if pos_resize == 'timm' and self.interpolate_mode not in ('bicubic', 'bilinear'):
@@ -188,6 +193,24 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         if self.frozen_stages > 0:
             self._freeze_stages()
         return self
+
+    def compile(self, *args, **kwargs) -> None:
+        """Compile the inside of a block, in place: few, small graphs that all blocks share.
+
+        A graph of all blocks is ``torch.compile(backbone)``, which takes as many times as long to
+        make.
+
+        Args:
+            *args: Those of ``torch.compile``.
+            **kwargs: Likewise. ``dynamic`` defaults to True, as grids of b2 change.
+        """
+        kwargs.setdefault('dynamic', True)
+        compiled = torch.compile(type(self)._run_layer, *args, **kwargs)
+        self._run_layer = compiled  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict:
+        """Compiled code is not part of copies and files, as in torch."""
+        return {key: x for key, x in super().__getstate__().items() if key != '_run_layer'}
 
     def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         """Before loading: refuse a [CLS] token inserted elsewhere, and resize the positions."""
@@ -287,11 +310,29 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             if self.cls_layer == 0 and self.cls_token is not None:
                 cls_token = self.cls_token.expand(tokens.shape[0], -1, -1)
                 tokens = torch.cat([cls_token, tokens], dim=1)
-            tokens = tokens + self._resize(self.pos_embed, self.patch_resolution, grid)
+            tokens = tokens + self._positions(grid, images is groups[0])
             packed.append(tokens.flatten(0, 1))
             shapes.append(tuple(tokens.shape[:2]))
             grids.append(grid)
         return self.pre_norm(self.drop_after_pos(_cat(packed))), shapes, grids
+
+    def _positions(self, grid: tuple[int, int], of_base: bool) -> Tensor:
+        """Position of each token, (1, L, C), interpolated where the grid is another one.
+
+        For b2 compiled code interpolates always, which changes nothing on the same grid: it would
+        need a graph for each side that is equal or not.
+        """
+        if of_base or not torch.compiler.is_compiling():
+            return self._resize(self.pos_embed, self.patch_resolution, grid)
+        places = math.prod(self.patch_resolution)
+        extra, patches = self.pos_embed.split([self.pos_embed.shape[1] - places, places], dim=1)
+        patches = patches.unflatten(1, self.patch_resolution).permute(0, 3, 1, 2)
+        options = {}
+        if self.interpolate_mode in ('bicubic', 'bilinear'):
+            options = dict(align_corners=False, antialias=self.pos_resize == 'timm')
+        resized = F.interpolate(patches.float(), grid, mode=self.interpolate_mode, **options)
+        resized = resized.flatten(2).transpose(1, 2).to(patches.dtype)
+        return torch.cat([extra, resized], dim=1)
 
     def _insert_cls(self, tokens: Tensor, shapes: Shapes) -> tuple[Tensor, Shapes]:
         images = [
@@ -309,13 +350,14 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             return checkpoint(self._run_layer, layer, tokens, shapes, use_reentrant=False), shapes
         return self._run_layer(self.layers[i], tokens, shapes), shapes
 
-    def _run_layer(self, layer: TransformerEncoderLayer, tokens: Tensor, shapes: Shapes) -> Tensor:
+    @staticmethod
+    def _run_layer(layer: TransformerEncoderLayer, tokens: Tensor, shapes: Shapes) -> Tensor:
         """One encoder layer: all of it per token, but for attention (and drop path, per image)."""
         attn = layer.attn
 
         def attend(qkv: Tensor) -> Tensor:
             heads = qkv.unflatten(2, (3, attn.num_heads, attn.head_dims)).permute(2, 0, 3, 1, 4)
-            dropout = attn.attn_drop if self.training else 0.0
+            dropout = attn.attn_drop if attn.training else 0.0
             mixed = attn.scaled_dot_product_attention(*heads.unbind(), dropout_p=dropout)
             return mixed.transpose(1, 2).flatten(2)
 

@@ -29,9 +29,8 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
         keys = torch.cat(all_gather(rows)) if get_world_size() > 1 else rows
         place = torch.arange(len(rows), device=rows.device)
         first = get_rank() * len(rows)
-        logits = (rows @ keys.t() / temperature).index_put(
-            (place, first + place), rows.new_tensor(-torch.inf)
-        )
+        own = (first + place)[:, None]
+        logits = (rows @ keys.t() / temperature).scatter(1, own, -torch.inf)
         return F.cross_entropy(logits, first + place.roll(len(a)))
 
 

@@ -1,7 +1,6 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import all_gather, get_rank, get_world_size
@@ -105,17 +104,18 @@ class SERHead(BaseModule):
                 by_side.append([k.split(rank) for k, rank in zip(gathered, tokens, strict=True)])
             losses = []
             for v, q in enumerate(packed_queries.split(tokens[get_rank()])):
-                lengths = [row[1 + v] for row in sizes for _ in range(row[0])]
-                image = np.tile(np.repeat(np.arange(len(lengths)), lengths), len(sides))
-                image = torch.from_numpy(image)
                 k = torch.cat([rank[v] for side in by_side for rank in side])
+                image = _number_images([(row[0], row[1 + v]) for row in sizes])
+                # DDP takes the mean over ranks, and this is one over directions.
+                total = len(image) * len(queries) / get_world_size()
+                image = image.repeat(2) if len(sides) == 2 else image
                 first = sum(rank[v] for rank in tokens[: get_rank()])
                 image = image.to(k.device, non_blocking=True)
-                losses.append(self._direction(q, k, image, first, sum(lengths)))
-            return sum(losses) * get_world_size() / len(losses)
+                losses.append(self._direction(q, k, image, first, total))
+            return sum(losses[1:], losses[0])
 
     def _direction(
-        self, queries: Tensor, keys: Tensor, image: Tensor, first: int, total: int
+        self, queries: Tensor, keys: Tensor, image: Tensor, first: int, total: float
     ) -> Tensor:
         """This rank's part of the mean over all queries of one direction.
 
@@ -124,7 +124,7 @@ class SERHead(BaseModule):
             keys (Tensor): Those of all ranks, (K, C), the positives first.
             image (Tensor): Number of the image that each key belongs to, (K,).
             first (int): Query m has its positive at ``first + m``.
-            total (int): Queries on all ranks together.
+            total (float): What to divide by: queries of all ranks, by directions over ranks.
         """
         if not len(keys):
             return queries.sum()  # no b2 image on any rank: 0, and a gradient of 0
@@ -158,6 +158,15 @@ def _block_loss(
     ignored.scatter_(1, positive[:, None], False)
     logits = (queries @ keys.t()).masked_fill(ignored, -torch.inf)
     return F.cross_entropy(logits, positive, reduction='sum')
+
+
+def _number_images(sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Number of the image that each token is of; per rank, its images and their tokens."""
+    numbers, first = [], 0
+    for n, length in sizes:
+        numbers.append(torch.arange(first * length, (first + n) * length) // max(length, 1))
+        first += n
+    return numbers[0] if len(numbers) == 1 else torch.cat(numbers)
 
 
 def _gather_sizes(maps: Sequence[Tensor]) -> list[list[int]]:
