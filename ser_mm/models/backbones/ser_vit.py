@@ -402,7 +402,8 @@ def _unpack(tokens: Tensor, shapes: Shapes) -> list[Tensor]:
 
 def _linear_of_parts(layer: nn.Module, parts: list[Tensor]) -> Tensor:
     """A linear layer on the concatenation of parts that the backward pass keeps anyway."""
-    if len(parts) == 1 or type(layer) is not nn.Linear:  # but what LoRA, say, puts in its place
+    # Not what LoRA, say, puts in its place; and what compiled code keeps, its compiler decides.
+    if len(parts) == 1 or type(layer) is not nn.Linear or torch.compiler.is_compiling():
         return layer(_cat(parts))
     dtype = parts[0].dtype  # under autocast not that of the parameters
     bias = None if layer.bias is None else layer.bias.to(dtype)
