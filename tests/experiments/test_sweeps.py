@@ -133,7 +133,7 @@ def test_published_sweeps_are_reported_from_their_results(file, tmp_path):
     table = report_sweep(tmp_path, file.stem, content['results'], content['seeds'])
     runs = content['results']['SER' if 'SER' in content['results'] else '2']
     cells = [x.strip() for x in table.splitlines()[-3].split('|')]
-    columns = 10 if file.stem == 'addons' else 7
+    columns = 11 if file.stem == 'addons' else 7
     assert cells[0] == '' and len(cells) == columns + 2
     seeds = content['seeds']
     assert f'Seeds {seeds}' in table
