@@ -11,7 +11,7 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 
 from ser_mm.engine.checks import DATALOADERS
-from ser_mm.engine.precision import has_bfloat16
+from ser_mm.engine.precision import is_bfloat16_faster
 
 # Where each launcher leaves what torch.distributed reads from RANK, WORLD_SIZE and LOCAL_RANK.
 _TORCH_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
@@ -91,7 +91,7 @@ def adapt_to_device(cfg: Config) -> None:
     """Let a config written for GPUs run on the CPU; with an accelerator, leave it alone.
 
     Mixed precision of MMEngine, synchronised BatchNorm and pinned memory do not exist on the CPU.
-    A config that asks for bfloat16 gets it from a processor that multiplies in it, see
+    A config that asks for bfloat16 gets it where that is faster, see
     :class:`~ser_mm.engine.precision.CPUAmpOptimWrapper`; other mixed precision is float32. Every
     change is logged. Without synchronised BatchNorm each process takes the statistics of its own
     share of the batch, which makes no difference to a run of one process.
@@ -105,7 +105,7 @@ def adapt_to_device(cfg: Config) -> None:
     optim_wrapper = cfg.get('optim_wrapper') or {}
     if _type_name(optim_wrapper) == 'AmpOptimWrapper':
         asked = str(optim_wrapper.get('dtype')).removeprefix('torch.')
-        bfloat16 = asked == 'bfloat16' and has_bfloat16()
+        bfloat16 = asked == 'bfloat16' and is_bfloat16_faster()
         kind = 'mmpretrain.CPUAmpOptimWrapper' if bfloat16 else 'OptimWrapper'
         optim_wrapper['type'] = kind
         for key in ('loss_scale', 'dtype', 'use_fsdp'):

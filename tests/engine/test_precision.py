@@ -1,28 +1,24 @@
 """Mixed precision on CPUs: who gets it, and what a step computes in it."""
 
+import time
+
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 
-from ser_mm.engine import precision
+from ser_mm.engine import cpu
 from ser_mm.engine.cpu import adapt_to_device
+from ser_mm.engine.precision import is_bfloat16_faster
 from tests.support.algorithms import ALGORITHMS, build
 
 OPTIMIZER = dict(type='SGD', lr=0.1)
-HAS = 'flags : fpu avx512f avx512_bf16 amx_tile\n'
 
 
 @pytest.fixture
-def processor(monkeypatch, tmp_path):
-    """Says what the processor is to be, in Linux's words."""
-
-    def say(text):
-        file = tmp_path / 'cpuinfo'
-        file.write_text(text)
-        monkeypatch.setattr(precision, '_CPU_INFO', file)
-
-    return say
+def processor(monkeypatch):
+    """Says whether the processor is to be faster in bfloat16; it is not tried then."""
+    return lambda faster: monkeypatch.setattr(cpu, 'is_bfloat16_faster', lambda: faster)
 
 
 def adapted(**options):
@@ -31,31 +27,44 @@ def adapted(**options):
     return cfg.optim_wrapper
 
 
-@pytest.mark.parametrize('flags', [HAS, 'flags : amx_bf16\n'])
 @pytest.mark.parametrize('dtype', ['bfloat16', torch.bfloat16], ids=str)
-def test_bfloat16_is_what_a_config_gets_that_asks_for_it(processor, flags, dtype):
-    processor(flags)
+def test_bfloat16_is_what_a_config_gets_that_asks_for_it(processor, dtype):
+    processor(True)
     asked = adapted(dtype=dtype, loss_scale='dynamic', clip_grad=dict(max_norm=1.0))
     kind = 'mmpretrain.CPUAmpOptimWrapper'
     assert asked == dict(type=kind, optimizer=OPTIMIZER, clip_grad=dict(max_norm=1.0))
 
 
 @pytest.mark.parametrize(
-    ('flags', 'options'),
+    ('faster', 'options'),
     [
-        (HAS, {}),  # float16
-        (HAS, dict(dtype='float16', loss_scale='dynamic')),
-        ('flags : avx512f avx512bw\n', dict(dtype='bfloat16')),  # would be emulated
+        (True, {}),  # float16
+        (True, dict(dtype='float16', loss_scale='dynamic')),
+        (False, dict(dtype='bfloat16')),
     ],
 )
-def test_float32_is_what_the_others_get(processor, flags, options):
-    processor(flags)
+def test_float32_is_what_the_others_get(processor, faster, options):
+    processor(faster)
     assert adapted(**options) == dict(type='OptimWrapper', optimizer=OPTIMIZER)
 
 
-def test_other_systems_are_taken_for_processors_without(monkeypatch, tmp_path):
-    monkeypatch.setattr(precision, '_CPU_INFO', tmp_path / 'missing')
-    assert not precision.has_bfloat16()
+def test_the_processor_is_tried_and_draws_nothing(monkeypatch):
+    state = torch.get_rng_state()
+    is_bfloat16_faster.cache_clear()
+    assert is_bfloat16_faster() in (True, False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    product, slow = torch.Tensor.__matmul__, torch.bfloat16
+    for slow in (torch.bfloat16, torch.float32):
+
+        def multiply(a, b, slow=slow):
+            time.sleep(0.02 if a.dtype == slow else 0)
+            return product(a[:2], b)
+
+        monkeypatch.setattr(torch.Tensor, '__matmul__', multiply)
+        is_bfloat16_faster.cache_clear()
+        assert is_bfloat16_faster() == (slow == torch.float32)
+    is_bfloat16_faster.cache_clear()
 
 
 def step(images, **options):
