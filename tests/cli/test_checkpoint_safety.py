@@ -102,6 +102,8 @@ ENTRIES = {
         ['equivariance', DEMO, 'bad.pth', '--images', '4', '--transformations', 'rot90'],
     ),
     'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
+    'export': (None, ['export', DEMO, 'bad.pth', 'out']),
+    'pretrain': (None, ['pretrain', '--data', '.', '--out', 'out', '--weights', 'bad.pth']),
     'demo-detection': (plant_demo, ['demo-detection', '--pretrained', 'pretrained']),
 }
 SLOW = {'demo-detection'}

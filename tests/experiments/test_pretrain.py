@@ -119,7 +119,6 @@ def assert_loads_elsewhere(folder, expected):
     script = f"""
 import sys
 import timm, torch
-sys.path.insert(0, {str(folder)!r})
 {'import ser_vit' if late else ''}
 network = timm.create_model('local-dir:{folder}', pretrained=True, num_classes=0).eval()
 assert timm.data.resolve_model_data_config(network)['input_size'][0] == 3
@@ -127,7 +126,7 @@ with torch.no_grad():
     torch.save(network(torch.load('pixels.pth')), 'features.pth')
 assert not any(x.split('.')[0] in ('ser_mm', 'mmengine', 'mmpretrain') for x in sys.modules)
 """
-    paths = dict(os.environ, PYTHONPATH='')
+    paths = dict(os.environ, PYTHONPATH=str(folder))
     subprocess.run([sys.executable, '-c', script], cwd=folder.parent, check=True, env=paths)
     with torch.no_grad():
         ours = expected(pixels)

@@ -216,7 +216,7 @@ def test_extra_views_of_a_decoupled_head_run_its_blocks_alone(name):
         (dict(head=dict(type='AugSelfHead', in_channels=7)), 'in_channels=7, .* 48 channels'),
         (
             dict(data_preprocessor=dict(photometry=[[], []], **PIXELS)),
-            'AugSelfHead needs the draws .* photometry',
+            'AugSelfHead needs the draws .*photometry draws on the device',
         ),
     ],
 )
