@@ -115,7 +115,7 @@ def two_ranks(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.start_processes(_rank, (folder, args), nprocs=2, start_method='spawn')
-        except mp.ProcessRaisedException as error:
+        except mp.ProcessException as error:
             return dict(error=str(error).strip().splitlines()[-1])
         return json.loads(Path(folder, 'result.json').read_text())
 

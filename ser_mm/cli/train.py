@@ -143,6 +143,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
     needed = ['EquivariantSplitHook', 'ResumeHook'] if _is_ser(cfg.model) else ['ResumeHook']
+    if _makes_views(cfg):  # from torch's generator, which is to differ by rank and epoch
+        needed.append('EpochSeedHook')
     needed += ['CompileHook'] * args.compile
     hooks = list(cfg.get('custom_hooks') or [])
     missing = [name for name in needed if name not in str(hooks)]
@@ -169,6 +171,12 @@ def _is_ser(model: dict) -> bool:
     kind = model.get('type')
     name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
     return name.endswith('SERAlgorithm')
+
+
+def _makes_views(cfg: Config) -> bool:
+    """Whether views are made by the preprocessor."""
+    owners = [cfg, cfg.model, cfg.model.get('algorithm') or {}]
+    return any((owner.get('data_preprocessor') or {}).get('views') for owner in owners)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -147,10 +147,19 @@ class CachedImages(BaseDataset):
                 made = dataset.pipeline(info)
                 if made is None:
                     continue
-                image = made['img'] if made['img'].ndim == 3 else made['img'][..., None]
+                image = made.get('img') if isinstance(made, dict) else None
+                if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
+                    raise ValueError(
+                        "CachedImages: dataset.pipeline leaves no image in 'img'; begin it with "
+                        'LoadReadableImage, and move PackInputs to pipeline.'
+                    )
+                image = image if image.ndim == 3 else image[..., None]
                 if rows is None:
                     kind = [('image', np.uint8, image.shape), ('readable', bool)]
                     rows = np.lib.format.open_memmap(part, 'w+', kind, (len(infos),))
+                    if hasattr(os, 'posix_fallocate'):  # on a full disk an error, not a signal
+                        with open(part, 'r+b') as file:
+                            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
                 self._check(image, rows['image'].shape[1:], info)
                 rows[i] = image, True
             if rows is None:

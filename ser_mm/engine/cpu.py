@@ -105,8 +105,8 @@ def adapt_to_device(cfg: Config) -> None:
     optim_wrapper = cfg.get('optim_wrapper') or {}
     if _type_name(optim_wrapper) == 'AmpOptimWrapper':
         asked = str(optim_wrapper.get('dtype')).removeprefix('torch.')
-        bfloat16 = asked == 'bfloat16' and is_bfloat16_faster()
-        kind = 'mmpretrain.CPUAmpOptimWrapper' if bfloat16 else 'OptimWrapper'
+        bfloat16 = asked == 'bfloat16' and _agreed(is_bfloat16_faster())
+        kind = 'mmengine.CPUAmpOptimWrapper' if bfloat16 else 'OptimWrapper'
         optim_wrapper['type'] = kind
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             optim_wrapper.pop(key, None)
@@ -143,6 +143,15 @@ def _adapt_distributed(cfg: Config) -> None:
     if cfg.model_wrapper_cfg.get('device_ids', ()) is not None:
         cfg.model_wrapper_cfg.device_ids = None
         _log_change('model_wrapper_cfg.device_ids: local rank -> None')
+
+
+def _agreed(value: bool) -> bool:
+    """What all ranks say, as tensors of two types cannot be exchanged."""
+    if not dist.is_initialized():
+        return value
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(values)
 
 
 def _type_name(cfg: dict) -> str:

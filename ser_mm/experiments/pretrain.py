@@ -4,9 +4,11 @@ import html
 import json
 import os
 from collections.abc import Mapping, MutableMapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
@@ -27,7 +29,7 @@ from ser_mm.evaluation.results import make_table
 from ser_mm.experiments.demo import token_map, training_views
 from ser_mm.experiments.figures import TRANSFORMATIONS, evaluate
 from ser_mm.experiments.runs import check_settings, finished, train
-from ser_mm.files import write_text
+from ser_mm.files import read_kept, write_text
 from ser_mm.visualization import (
     draw_losses,
     draw_neighbours,
@@ -136,20 +138,21 @@ def pretrain(
         check_settings(cfg)
     except ValueError as error:
         raise ValueError(
-            f'{out} holds a run with other settings, in {RUN}.py; choose another --out, or go on '
-            f'with that one: ser-mm train {out / RUN}.py --work-dir {out / RUN} --resume'
+            f'{out} holds a run with other settings, in {RUN}.py; choose another --out, repeat the '
+            'command that it was started with, or remove the folder.'
         ) from error
     steps = _steps_per_epoch(cfg, devices) * epochs
     print(f'{method} with SER, {model}: {epochs} epochs, {steps} steps; logs are in {out}')
     train({method: cfg}, gpus=_processes(devices))
     checkpoint = finished(cfg)
     assert checkpoint is not None  # or train would have raised
-    report(cfg, checkpoint, out)
+    # What needs no images comes first: some may be unreadable.
     try:
         usage = export_backbone(cfg, checkpoint, out / 'timm')
         print(f'{out / "timm"} is for timm:\n\n{usage}')
     except ImportError as error:  # the run has all else
         print(error)
+    report(cfg, checkpoint, out)
     return out
 
 
@@ -193,6 +196,10 @@ def pretraining_config(
         FileNotFoundError: See :func:`pretrain`.
         ValueError: See :func:`pretrain`.
     """
+    if epochs < 1 or seed < 0:
+        raise ValueError(
+            f'--epochs {epochs}, --seed {seed}: epochs are 1 or more, seeds 0 or more.'
+        )
     if method not in METHODS:
         raise ValueError(f'--method {method}: choose one of {", ".join(METHODS)}.')
     if model.startswith(_TIMM):
@@ -209,11 +216,22 @@ def pretraining_config(
     cfg.work_dir = str(Path(out).absolute() / RUN)
     cfg.randomness = dict(seed=seed)
 
+    place, out = Path(data).expanduser().resolve(), Path(out).expanduser()
+    if place.is_dir() and out.resolve().is_relative_to(place):
+        raise ValueError(
+            f'--out {out} is in --data {data}, where its pictures would be images to train on; '
+            'choose a folder elsewhere.'
+        )
+    kept = read_kept(out / f'{RUN}.py', Config.fromfile) or Config()
     algorithm = cfg.model.algorithm
     algorithm.neck.in_channels = kind.pop('channels')
     stride = kind.pop('stride')
     if 'type' in kind:
-        algorithm.backbone = ConfigDict(kind, ser_layer=algorithm.backbone.ser_layer)
+        recipe = algorithm.backbone
+        if kind['type'] == 'SERTimmViT':
+            kind['stop_grad_conv1'] = recipe.get('stop_grad_conv1', False)
+            kind['model_args']['drop_path_rate'] = recipe.get('drop_path_rate', 0.0)
+        algorithm.backbone = ConfigDict(kind, ser_layer=recipe.ser_layer)
     else:
         algorithm.backbone.update(kind)
     if 'patch_size' in kind:
@@ -232,13 +250,28 @@ def pretraining_config(
             f'multiple of {stride}, {2 * stride} or more.'
         )
 
+    if weights is not None:
+        try:
+            MODELS.build(deepcopy(algorithm.backbone)).init_weights()  # refused before the run
+        except ValueError as error:
+            told = str(error).partition(' does not fit')[0]
+            raise ValueError(
+                f'--weights {weights} do not fit --model {model}: choose the model that they are of'
+                f'{"" if told != str(error) else f" ({told})"}.'
+            ) from error
+
     use_images(cfg, data, val_data)
+    if cfg.evaluation.val.with_label and len(_build(cfg.evaluation.train).metainfo['classes']) < 2:
+        for dataset in cfg.evaluation.values():
+            dataset.with_label = False
     for dataset in (cfg.train_dataloader.dataset, *cfg.evaluation.values()):
         _resize(dataset.pipeline, image_size)
     loader = cfg.train_dataloader
     ranks = _processes(devices) or 1
-    count = len(DATASETS.build({**loader.dataset, 'pipeline': []}))
-    batch = batch_size or choose_batch_size(count, ranks)
+    count = len(_build(loader.dataset))
+    # What nobody asked for stays as it is in a run that goes on, with more images or cores too.
+    before = kept.get('train_dataloader') or {}
+    batch = batch_size or before.get('batch_size', 0) * ranks or choose_batch_size(count, ranks)
     if batch % ranks or batch < 4 * ranks:
         raise ValueError(
             f'--batch-size {batch}: each of {ranks} devices needs a whole number of images, four '
@@ -252,7 +285,9 @@ def pretraining_config(
             else f'{data} has {count} images to train on; give {4 * ranks} or more.'
         )
     loader.batch_size = batch // ranks
-    loader.num_workers = _choose_workers(ranks) if num_workers is None else num_workers
+    if num_workers is None:
+        num_workers = before.get('num_workers', _choose_workers(ranks))
+    loader.num_workers = num_workers
     loader.dataset.pipeline[1].equi_ratio = max(0.01, 2 / batch)
     cfg.optim_wrapper.optimizer.lr *= batch / cfg.auto_scale_lr.base_batch_size
     cfg.auto_scale_lr.base_batch_size = batch
@@ -260,8 +295,10 @@ def pretraining_config(
     if 'warmup_epochs' in algorithm.head:
         algorithm.head.warmup_epochs = min(algorithm.head.warmup_epochs, epochs // 10)
     follow_max_epochs(cfg)
-    steps = _steps_per_epoch(cfg, devices)
-    cfg.default_hooks.logger.interval = max(1, min(50, steps // 2))
+    interval = max(1, min(50, count // batch // 2))
+    if kept:
+        interval = kept.default_hooks.logger.interval
+    cfg.default_hooks.logger.interval = interval
     return cfg
 
 
@@ -275,7 +312,10 @@ def _of_timm(model: str, image_size: int) -> dict[str, Any]:
         if 'SERTimmStages' not in str(error):
             raise ValueError(f'--model {model}: {error}') from error
         config = dict(type='SERTimmStages', model=name)
-        built = MODELS.build(dict(config, ser_layer=3))
+        try:
+            built = MODELS.build(dict(config, ser_layer=3))
+        except ValueError as other:
+            raise ValueError(f'--model {model}: {other}') from other
         if 'resnet' not in name:
             raise ValueError(
                 f'--model {model} has no recipe; choose a ViT or a ResNet, or write a config with '
@@ -328,10 +368,14 @@ def _resize(pipeline: list[ConfigDict], side: int) -> None:
     visit(pipeline)
 
 
+def _build(dataset: dict) -> Any:
+    """A data set without its transforms."""
+    return DATASETS.build({**dataset, 'pipeline': []})
+
+
 def _steps_per_epoch(cfg: Config, devices: int | None) -> int:
     loader = cfg.train_dataloader
-    count = len(DATASETS.build({**loader.dataset, 'pipeline': []}))
-    return count // (loader.batch_size * (_processes(devices) or 1))
+    return len(_build(loader.dataset)) // (loader.batch_size * (_processes(devices) or 1))
 
 
 def report(cfg: Config, checkpoint: str, out: Path) -> Path:
@@ -360,7 +404,7 @@ def report(cfg: Config, checkpoint: str, out: Path) -> Path:
         lambda x: restore_images(x, preprocessor),
         pictures / 'token_maps.png',
     )
-    val = DATASETS.build({**cfg.evaluation.val, 'pipeline': []})
+    val = _build(cfg.evaluation.val)
     files = [val.get_data_info(i)['img_path'] for i in spaced_indices(len(val), IMAGES)]
     embedder = Embedder(cfg, checkpoint)
     features = torch.nn.functional.normalize(embedder.embed(files), dim=1)
@@ -385,6 +429,10 @@ def report(cfg: Config, checkpoint: str, out: Path) -> Path:
 def _thumbnail(file: str) -> Image.Image:
     with Image.open(file) as image:
         image.draft('RGB', (256, 256))
+        if image.mode[0] in 'IF':  # more than 8 bits, which would be cut off
+            pixels = np.asarray(image, np.float64)
+            low, high = pixels.min(), pixels.max()
+            image = Image.fromarray(np.uint8(255 * (pixels - low) / ((high - low) or 1)))
         small = image.convert('RGB')
     small.thumbnail((128, 128))
     return small

@@ -62,13 +62,15 @@ def _check(transform: BaseTransform) -> None:
             f'Photometry: {type(transform).__name__} cannot run on the device, only '
             f'{", ".join(kind.__name__ for kind in _OPERATIONS)} can; leave it in the pipeline.'
         )
-    if isinstance(transform, GaussianBlur) and transform.radius is None:
+    fixed = {GaussianBlur: 'radius', Solarize: 'thr'}
+    name = next((name for kind, name in fixed.items() if isinstance(transform, kind)), None)
+    if isinstance(transform, (GaussianBlur, Solarize)) and getattr(transform, str(name)) is None:
         level, std = transform.magnitude_level, transform.magnitude_std
         if std != 'inf' or level != transform.total_level:
             raise ValueError(
-                f'Photometry: GaussianBlur draws with magnitude_std={std!r} and magnitude_level='
-                f"{level}; on the device it is uniform in magnitude_range: set magnitude_std='inf' "
-                'and leave out the levels.'
+                f'Photometry: {type(transform).__name__} draws with magnitude_std={std!r} and '
+                f'magnitude_level={level}; on the device it is uniform in magnitude_range: set '
+                "magnitude_std='inf' and leave out the levels."
             )
     for inner in transform if isinstance(transform, RandomApply) else ():
         _check(inner)
@@ -191,7 +193,10 @@ def _pillow_kernel(sigma: Tensor) -> Tensor:
 
 
 def _solarize(transform: Solarize, images: Tensor) -> Tensor:
-    return torch.where(images < transform.thr, images, 255 - images)
+    threshold = transform.thr
+    if threshold is None:
+        threshold = _uniform(transform.magnitude_range, images)
+    return torch.where(images < threshold, images, 255 - images)
 
 
 def _uniform(bounds: tuple[float, float], images: Tensor) -> Tensor:

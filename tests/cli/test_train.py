@@ -17,6 +17,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from ser_mm.cli.train import main as train_main
+from ser_mm.cli.train import merge_args, parse_args
 from ser_mm.engine import EpochSeedHook
 from tests.support import short_run
 from tests.support.command import run_command
@@ -207,3 +208,15 @@ def test_a_checkpoint_that_the_run_cannot_go_on_from_is_one_sentence(imagenet_tr
         'error: The checkpoint was trained for 2 epochs, and train_cfg.max_epochs=1; raise it, or '
         'resume from an earlier checkpoint.'
     )
+
+
+@pytest.mark.parametrize('place', ['model', 'algorithm'])
+def test_views_of_the_device_differ_by_rank_and_epoch(place):
+    """By a hook, which is added where the config has none."""
+    views = dict(data_preprocessor=dict(type='SERDataPreprocessor', views=[[], []]))
+    inner = dict(type='SimSiam', **(views if place == 'algorithm' else {}))
+    model = dict(type='SERAlgorithm', algorithm=inner, **(views if place == 'model' else {}))
+    for content, expected in ((model, True), (dict(type='SERAlgorithm', algorithm={}), False)):
+        cfg = Config(dict(model=content, custom_hooks=[]))
+        merge_args(cfg, parse_args(['config.py']))
+        assert ('EpochSeedHook' in str(cfg.custom_hooks)) is expected

@@ -146,6 +146,8 @@ def test_what_cannot_be_kept_is_one_sentence(photos, tmp_path):
         build(photos, tmp_path, once=ONCE[:2])
     with pytest.raises(ValueError, match='96 x 96 x 3 float32 of '):
         build(photos, tmp_path, once=[dict(ONCE[0], to_float32=True)])
+    with pytest.raises(ValueError, match="leaves no image in 'img'; begin .* move PackInputs"):
+        build(photos, tmp_path, once=[*ONCE, dict(type='PackInputs')])
     for path in photos.rglob('*.*'):
         path.write_bytes(b'no image')
     with pytest.raises(ValueError, match='none of its images is readable'):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
 
 from ser_mm.engine import cpu
 from ser_mm.engine.cpu import adapt_to_device
-from ser_mm.engine.precision import is_bfloat16_faster
+from ser_mm.engine.precision import CPUAmpOptimWrapper, is_bfloat16_faster
 from tests.support.algorithms import ALGORITHMS, build
 
 OPTIMIZER = dict(type='SGD', lr=0.1)
@@ -31,8 +32,10 @@ def adapted(**options):
 def test_bfloat16_is_what_a_config_gets_that_asks_for_it(processor, dtype):
     processor(True)
     asked = adapted(dtype=dtype, loss_scale='dynamic', clip_grad=dict(max_norm=1.0))
-    kind = 'mmpretrain.CPUAmpOptimWrapper'
+    kind = 'mmengine.CPUAmpOptimWrapper'
     assert asked == dict(type=kind, optimizer=OPTIMIZER, clip_grad=dict(max_norm=1.0))
+    init_default_scope('mmpretrain')
+    assert type(build_optim_wrapper(torch.nn.Linear(1, 1), asked)) is CPUAmpOptimWrapper
 
 
 @pytest.mark.parametrize(

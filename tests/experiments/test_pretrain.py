@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import skimage.data
 import timm
@@ -18,7 +20,12 @@ from safetensors.torch import save_file
 
 from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.features import Embedder
-from ser_mm.experiments.pretrain import BACKBONES, choose_batch_size, pretraining_config
+from ser_mm.experiments.pretrain import (
+    BACKBONES,
+    _thumbnail,
+    choose_batch_size,
+    pretraining_config,
+)
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -97,12 +104,68 @@ def test_weights_of_timm_are_gone_on_from(images, tmp_path, name):
         (dict(batch_size=2), '--batch-size 2: .* four or more; choose 4'),
         (dict(batch_size=10, devices=4), '--batch-size 10: each of 4 devices .* choose 16'),
         (dict(weights='no.pth'), '--weights no.pth is not a file'),
+        (dict(epochs=0), '--epochs 0, --seed 0: epochs are 1 or more'),
+        (dict(model='timm/resnetv2_50'), '--model timm/resnetv2_50: SERTimmStages'),
     ],
 )
 def test_what_does_not_do_is_one_sentence(images, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         config(images, tmp_path, **options)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_goes_on_when_images_are_removed(images, tmp_path):
+    """What was derived from their number stays."""
+    first = config(images, tmp_path)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'run.py').write_text(first.pretty_text)
+    fewer = tmp_path / 'fewer'
+    shutil.copytree(images, fewer)
+    for file in list(fewer.iterdir())[:15]:
+        file.unlink()
+    again = config(fewer, tmp_path)
+    assert choose_batch_size(25) != choose_batch_size(40) == again.train_dataloader.batch_size
+    for cfg in (first, again):
+        cfg.train_dataloader.dataset.pop('data_root')
+        cfg.pop('evaluation'), cfg.pop('test_dataloader')
+    assert again.to_dict() == first.to_dict()
+
+
+def test_images_that_would_hold_the_pictures_are_refused(images, tmp_path):
+    for data, out in ((tmp_path, tmp_path / 'out'), (images, images)):
+        with pytest.raises(ValueError, match='is in --data .*; choose a folder elsewhere'):
+            pretraining_config(data, out, model='vit_tiny_patch16', method='mocov3')
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_run(images, tmp_path):
+    torch.save(dict(state_dict=torch.nn.Linear(2, 2).state_dict()), tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='other.pth do not fit --model vit_tiny_patch16: choose'):
+        config(images, tmp_path, weights=tmp_path / 'other.pth')
+
+
+def test_one_folder_of_images_is_no_class(images, tmp_path):
+    shutil.copytree(images, tmp_path / 'data' / '2024')
+    assert not config(tmp_path / 'data', tmp_path).evaluation.val.with_label
+
+
+def test_networks_of_timm_have_the_recipe(images, tmp_path):
+    backbones = [
+        config(images, tmp_path, model=name, method=method).model.algorithm.backbone
+        for name in ('vit_tiny_patch16', 'timm/vit_tiny_patch16_224')
+        for method in ('mocov3', 'dino')
+    ]
+    ours, theirs = backbones[:2], backbones[2:]
+    assert [x.get('stop_grad_conv1', False) for x in ours] == [x.stop_grad_conv1 for x in theirs]
+    rates = [x.model_args.drop_path_rate for x in theirs]
+    assert [x.get('drop_path_rate', 0.0) for x in ours] == rates == [0.0, 0.1]
+
+
+def test_pictures_of_more_than_8_bits(tmp_path):
+    pixels = np.linspace(20000, 40000, 64 * 64).reshape(64, 64)
+    Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / 'deep.png')
+    small = np.asarray(_thumbnail(tmp_path / 'deep.png'))
+    assert small.shape == (64, 64, 3) and small.min() == 0 and small.max() == 255
+    assert abs(small.mean() - 127.5) < 1
 
 
 def command(images, out, *more):
@@ -160,7 +223,7 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
     assert cfg.model.type == 'SERAlgorithm' and cfg.train_cfg.max_epochs == 3
 
     told = run_command('pretrain', *command(images, out, '--epochs', 4)[2:])
-    assert f'{out} holds a run with other settings' in told and 'ser-mm train' in told
+    assert f'{out} holds a run with other settings' in told and 'another --out' in told
 
 
 @pytest.mark.slow

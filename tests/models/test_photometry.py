@@ -237,9 +237,20 @@ def test_mixed_precision_does_not_touch_it(crops):
         (dict(photometry=[[dict(type='Rotate', angle=30.0)], []]), 'Rotate cannot run on the'),
         (dict(photometry=POLICIES[:1]), 'photometry has 1 lists, but a batch 2 views'),
         (dict(photometry=[[dict(type='GaussianBlur', magnitude_range=(0, 2))]] * 2), "std='inf'"),
+        (dict(photometry=[[dict(type='Solarize', magnitude_range=(0, 256))]] * 2), "std='inf'"),
     ],
 )
 def test_bad_input_is_one_sentence(options, message, crops):
     with pytest.raises(ValueError, match=message) as error:
         preprocessor(**options)(batch(crops))
     assert '\n' not in str(error.value)
+
+
+def test_thresholds_of_solarization_are_drawn_for_each_image():
+    """Uniform between 64 and 192, as MMPretrain's: of grey values 128, half are inverted."""
+    transform = dict(type='Solarize', magnitude_range=(64, 192), magnitude_std='inf', prob=1.0)
+    seed(0)
+    images = Photometry([transform])(torch.full((4000, 3, 1, 1), 128.0))
+    inverted = (images == 127).flatten(1).all(dim=1)
+    assert (inverted | (images == 128).flatten(1).all(dim=1)).all()
+    assert abs(inverted.double().mean() - 0.5) < 5 * 0.5 / 4000**0.5

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from ser_mm.evaluation.cost import saved_bytes
 from ser_mm.models import SERVisionTransformer
@@ -85,3 +86,16 @@ def test_a_layer_of_another_class_is_called():
         layer.attn.proj.__class__ = Doubled
     torch.testing.assert_close(network(split)[0], network(images)[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(network(split)[0], before, rtol=1e-2)
+
+
+def test_hooks_of_the_layer_after_attention_are_called():
+    """Those of pruning compute its weight."""
+    network = SERVisionTransformer(**OPTIONS).train()
+    _, split = whole_and_split(3, 2)
+    seen = []
+    network.layers[0].attn.proj.register_forward_hook(lambda *args: seen.append(args[2]))
+    network(split)
+    assert len(seen) == 1
+    prune.l1_unstructured(network.layers[1].attn.proj, 'weight', 0.5)
+    for _ in range(2):
+        network(split)[0].sum().backward()

@@ -402,8 +402,15 @@ def _unpack(tokens: Tensor, shapes: Shapes) -> list[Tensor]:
 
 def _linear_of_parts(layer: nn.Module, parts: list[Tensor]) -> Tensor:
     """A linear layer on the concatenation of parts that the backward pass keeps anyway."""
-    # Not what LoRA, say, puts in its place; and what compiled code keeps, its compiler decides.
-    if len(parts) == 1 or type(layer) is not nn.Linear or torch.compiler.is_compiling():
+    # Not what LoRA, say, puts in its place, nor what hooks watch or change (pruning, probes); and
+    # what compiled code keeps, its compiler decides.
+    plain = type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+    )
+    if len(parts) == 1 or not plain or torch.compiler.is_compiling():
         return layer(_cat(parts))
     dtype = parts[0].dtype  # under autocast not that of the parameters
     bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -417,6 +424,8 @@ class _LinearOfParts(torch.autograd.Function):
     takes it keeps the same memory; a concatenation of groups would be kept beside them, which is
     7 % of all that a step keeps.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
