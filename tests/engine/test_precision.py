@@ -12,6 +12,7 @@ from ser_mm.engine import cpu
 from ser_mm.engine.cpu import adapt_to_device
 from ser_mm.engine.precision import CPUAmpOptimWrapper, is_bfloat16_faster
 from tests.support.algorithms import ALGORITHMS, build
+from tests.support.two_ranks import on_two_ranks
 
 OPTIMIZER = dict(type='SGD', lr=0.1)
 
@@ -68,6 +69,16 @@ def test_the_processor_is_tried_and_draws_nothing(monkeypatch):
         is_bfloat16_faster.cache_clear()
         assert is_bfloat16_faster() == (slow == torch.float32)
     is_bfloat16_faster.cache_clear()
+
+
+def both_ranks(rank, faster):
+    return cpu._agreed(faster[rank])
+
+
+@pytest.mark.slow
+def test_ranks_train_in_one_precision():
+    assert on_two_ranks(both_ranks, [True, False]) == [False, False]
+    assert on_two_ranks(both_ranks, [True, True]) == [True, True]
 
 
 def step(images, **options):
