@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ser_mm.datasets import BundledPhotos, split_batches
 from ser_mm.engine.configs import CONFIG_ROOT
 from ser_mm.engine.logs import read_scalars
-from ser_mm.evaluation.backbone import build_backbone, build_model
+from ser_mm.evaluation.backbone import build_backbone, build_model, token_maps_of
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.figures import evaluate
@@ -261,8 +261,13 @@ def token_map(cfg: Config, checkpoint: str | None, layer: int) -> Callable[[Tens
         checkpoint (str, optional): Its checkpoint. None for the untrained network.
         layer (int): Block, counted from 1.
     """
-    network = build_backbone(cfg, checkpoint, out_type='featmap', out_indices=[layer - 1])
-    return lambda images: network(images)[0]
+    network = build_backbone(cfg, checkpoint)
+
+    def take(images: Tensor) -> Tensor:
+        with token_maps_of(network) as token_maps:
+            return token_maps(images)[layer - 1]
+
+    return take
 
 
 def training_views(cfg: Config) -> tuple[list[ViewBatch], nn.Module]:
