@@ -103,7 +103,7 @@ ENTRIES = {
     ),
     'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
     'export': (None, ['export', DEMO, 'bad.pth', 'out']),
-    'pretrain': (None, ['pretrain', '--data', '.', '--out', 'out', '--weights', 'bad.pth']),
+    'pretrain': (None, ['pretrain', '--data', '.', '--out', '../out', '--weights', 'bad.pth']),
     'demo-detection': (plant_demo, ['demo-detection', '--pretrained', 'pretrained']),
 }
 SLOW = {'demo-detection'}
