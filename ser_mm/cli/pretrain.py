@@ -25,7 +25,8 @@ from ser_mm.cli._arguments import (
     workers,
 )
 from ser_mm.cli.demo import INTERRUPTED
-from ser_mm.experiments.pretrain import BACKBONES, METHODS, pretrain
+from ser_mm.experiments.pretrain import pretrain
+from ser_mm.experiments.recipes import BACKBONES, METHODS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

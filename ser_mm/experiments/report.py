@@ -1,0 +1,128 @@
+"""What a pretrained backbone has learned, on one page: figures and pictures."""
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from ser_mm.engine.logs import read_scalars
+from ser_mm.evaluation.backbone import token_maps_of
+from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
+from ser_mm.evaluation.equivariance import equivariance_by_layer
+from ser_mm.evaluation.features import Embedder
+from ser_mm.evaluation.results import make_table
+from ser_mm.experiments.demo import token_map, training_views
+from ser_mm.experiments.figures import TRANSFORMATIONS, evaluate
+from ser_mm.experiments.recipes import list_images
+from ser_mm.files import write_text
+from ser_mm.visualization import (
+    draw_losses,
+    draw_neighbours,
+    draw_token_maps,
+    draw_views,
+    restore_images,
+)
+
+IMAGES = 450
+"""Validation images of R2 and of the pictures, at most."""
+
+
+def report(cfg: Config, checkpoint: str, out: Path) -> Path:
+    """Figures and pictures of a pretrained backbone, on one page.
+
+    Args:
+        cfg (Config): What :func:`~ser_mm.experiments.recipes.pretraining_config`
+            returned.
+        checkpoint (str): The final checkpoint of the run.
+        out (Path): Folder of ``report.html``, ``figures.json`` and the pictures.
+
+    Returns:
+        Path: The page.
+    """
+    print('figures and pictures', flush=True)
+    pictures, layer = out / 'pictures', cfg.model.algorithm.backbone.ser_layer
+    draw_losses({'pretraining': read_scalars(cfg.work_dir)}, pictures / 'losses.png')
+    views, preprocessor = training_views(cfg)
+    draw_views(views, lambda x: restore_images(x, preprocessor), pictures / 'views.png')
+
+    preprocessor, _ = build_loader(cfg, 'val')
+    images = torch.cat(list(spaced_images(cfg, 'val', IMAGES)))
+    draw_token_maps(
+        {'pretrained': token_map(cfg, checkpoint, layer), 'untrained': token_map(cfg, None, layer)},
+        images,
+        lambda x: restore_images(x, preprocessor),
+        pictures / 'token_maps.png',
+    )
+    val = list_images(cfg.evaluation.val)
+    files = [val.get_data_info(i)['img_path'] for i in spaced_indices(len(val), IMAGES)]
+    embedder = Embedder(cfg, checkpoint)
+    features = torch.nn.functional.normalize(embedder.embed(files), dim=1)
+    nearest = (features @ features.T).topk(min(6, len(files)), dim=1).indices.tolist()
+    chosen = spaced_indices(len(files), 6)
+    draw_neighbours(
+        [[_thumbnail(files[j]) for j in nearest[i]] for i in chosen], pictures / 'neighbours.png'
+    )
+
+    if cfg.evaluation.val.with_label:
+        found = evaluate(cfg, checkpoint, IMAGES)
+    else:
+        with token_maps_of(embedder.backbone) as token_maps:
+            found = dict(layers=equivariance_by_layer(token_maps, [images], TRANSFORMATIONS))
+    write_text(out / 'figures.json', json.dumps(found, indent=1))
+    page = out / 'report.html'
+    write_text(page, _page(cfg, found, layer))
+    print(f'{_summary(found, layer)}\n{page} shows it.', flush=True)
+    return page
+
+
+def _thumbnail(file: str) -> Image.Image:
+    with Image.open(file) as image:
+        image.draft('RGB', (256, 256))
+        if image.mode[0] in 'IF':  # more than 8 bits, which would be cut off
+            pixels = np.asarray(image, np.float64)
+            low, high = pixels.min(), pixels.max()
+            image = Image.fromarray(np.uint8(255 * (pixels - low) / ((high - low) or 1)))
+        small = image.convert('RGB')
+    small.thumbnail((128, 128))
+    return small
+
+
+def _summary(found: Mapping[str, Any], layer: int) -> str:
+    """A table in Markdown of what was measured."""
+    titles = dict(probe='linear probe', probe_turned='linear probe, turned images', knn='k-NN')
+    rows = [[title, f'{found[key]:.3f}'] for key, title in titles.items() if key in found]
+    mixture = found['layers']['mixture']
+    rows += [
+        [f'R2 after block {layer}', f'{mixture[layer - 1]["r2"]:.3f}'],
+        ['R2 after the last block', f'{mixture[-1]["r2"]:.3f}'],
+    ]
+    return make_table(['on validation images', ''], rows)
+
+
+def _page(cfg: Config, found: Mapping[str, Any], layer: int) -> str:
+    captions = {
+        'losses': 'Losses over the steps: of the algorithm, and of SER.',
+        'views': 'Views that the network was trained on.',
+        'neighbours': 'Left, a validation image; right of it, those whose features are nearest.',
+        'token_maps': f'Token maps after block {layer}, in the colours of their three principal '
+        'components. The last two of a row are equal where the map is equivariant.',
+    }
+    shown = ''.join(
+        f'<h2>{html.escape(text)}</h2><img src="pictures/{name}.png" style="max-width:100%">'
+        for name, text in captions.items()
+    )
+    about = (
+        f'{cfg.model.algorithm.type} with SER, {cfg.train_cfg.max_epochs} epochs of images in '
+        f'{cfg.train_dataloader.dataset.data_root}'
+    )
+    return (
+        '<!doctype html><meta charset="utf-8"><title>Pretraining with SER</title>'
+        '<body style="font-family:sans-serif;max-width:60em;margin:2em auto">'
+        f'<h1>{html.escape(about)}</h1><pre>{html.escape(_summary(found, layer))}</pre>{shown}'
+    )
