@@ -1,7 +1,7 @@
 """MMPretrain's photometry on uint8 images, by tables and OpenCV: same arguments, same draws.
 
 Images are BGR, (H, W, 3), as the loaders of MMCV give them. Results agree with Pillow's, in grey
-levels of 255 (derived and tested in ``tests/datasets/test_fast_transforms.py``):
+levels of 255 (derived and tested in ``tests/datasets/test_fast_photometry.py``):
 
 - brightness and contrast, saturation and grayscale within 1 each, solarization exactly;
 - hue: both know it in steps of 1/255 of a turn, in which a fully saturated colour changes by 6.
