@@ -105,20 +105,25 @@ def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
     )
 
 
-def add_data(parser: argparse.ArgumentParser, what: str, val: bool = True) -> None:
+def add_data(
+    parser: argparse.ArgumentParser, what: str, val: bool = True, required: bool = False
+) -> None:
     """Add ``--data``, which :func:`use_data` brings into a config.
 
     Args:
         parser (argparse.ArgumentParser): Of a command that trains or evaluates.
         what (str): What the images are for.
         val (bool): Add ``--val-data`` too. Defaults to True.
+        required (bool): Whether there is no config that names others. Defaults to False.
     """
+    instead = '' if required else ', in place of those of the config'
     parser.add_argument(
         '--data',
         type=place,
+        required=required,
         metavar='PATH',
-        help=f'images {what}, in place of those of the config: a folder (with train and val in it, '
-        'if it has them), or a text file with PATH or PATH LABEL on each line',
+        help=f'images {what}{instead}: a folder (with train and val in it, if it has them), or a '
+        'text file with PATH or PATH LABEL on each line',
     )
     if val:
         parser.add_argument(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from mmengine.logging import MMLogger
 
 from ser_mm.cli._arguments import (
+    add_data,
     check_writable,
     make_parser,
     one_sentence,
@@ -32,20 +33,7 @@ from ser_mm.experiments.recipes import BACKBONES, METHODS
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser('pretrain', __doc__)
-    parser.add_argument(
-        '--data',
-        type=place,
-        required=True,
-        metavar='PATH',
-        help='images: a folder (with train and val in it, if it has them), or a text file with '
-        'PATH or PATH LABEL on each line',
-    )
-    parser.add_argument(
-        '--val-data',
-        type=place,
-        metavar='PATH',
-        help='images of the figures, likewise (default: val in --data, or every fifth image)',
-    )
+    add_data(parser, 'to train on', required=True)
     parser.add_argument('--out', type=place, required=True, help='folder of the results')
     parser.add_argument(
         '--model',

@@ -60,7 +60,7 @@ def evaluate(
         return kept
     set_random_seed(cfg.randomness.seed)  # of the untrained network
     cfg = deepcopy(cfg)
-    cfg.evaluation.val_turned = _turned(dataset_of(cfg, 'val'))
+    cfg.evaluation.val_turned = turned(dataset_of(cfg, 'val'))
     source = CachedFeatures(cfg, checkpoint, cache, num_workers=num_workers)
     train, train_labels = source.load('train')
     sets = dict(probe=source.load('val'), probe_turned=source.load('val_turned'))
@@ -116,8 +116,12 @@ def read_figures(file: Path) -> dict[str, Any]:
     return kept
 
 
-def _turned(dataset: dict) -> dict:
-    """The config of a data set whose images are turned and flipped, right before packing."""
+def turned(dataset: dict) -> dict:
+    """The config of a data set whose images are turned and flipped, right before packing.
+
+    Args:
+        dataset (dict): Config of it, with a pipeline.
+    """
     *steps, pack = dataset['pipeline']
     return dict(dataset, pipeline=[*steps, dict(type='MoveByD4'), pack])
 

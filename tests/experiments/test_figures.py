@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+from mmpretrain.registry import DATASETS
 
-from ser_mm.experiments.figures import evaluate, read_figures
+from ser_mm.experiments.figures import evaluate, read_figures, turned
 from ser_mm.files import read_kept
+from ser_mm.geometry import NUM_ELEMENTS, act_on_array
 from tests.support.probed import config, write_checkpoint
 
 
@@ -50,3 +52,19 @@ def test_a_replaced_image_of_the_same_size_is_noticed(run, capsys):
     before = evaluate(cfg, checkpoint, images=4)
     first.write_bytes(last.read_bytes().ljust(size, b'\0'))
     assert evaluate(cfg, checkpoint, images=4)['layers'] != before['layers']
+
+
+def test_turned_images_are_those_of_validation_moved(run):
+    """All else is as for the probe, of which they get a figure of their own."""
+    cfg, checkpoint, _ = run
+    datasets = [DATASETS.build(x) for x in (cfg.evaluation.val, turned(cfg.evaluation.val))]
+    moved = 0
+    for sample, other in zip(*datasets, strict=True):
+        image, found = (x['inputs'].permute(1, 2, 0).numpy() for x in (sample, other))
+        elements = [act_on_array(image, element) for element in range(NUM_ELEMENTS)]
+        moved += not (found == image).all()
+        assert any(x.shape == found.shape and (x == found).all() for x in elements)
+        assert sample['data_samples'].gt_label == other['data_samples'].gt_label
+    assert moved > len(datasets[0]) / 2
+    found = evaluate(cfg, checkpoint, images=4)
+    assert all(0 <= found[key] <= 1 for key in ('probe', 'probe_turned', 'knn'))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ser_mm.engine.configs import find_config
-from ser_mm.experiments.sweeps import load_base, points, report_sweep, run_config
+from ser_mm.experiments.sweeps import costs, load_base, points, report_sweep, run_config
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -125,6 +125,18 @@ def test_explicit_channels_follow_the_layer_too():
         (c.model.neck.in_channels, c.model.data_preprocessor.patch_size) for c in found.values()
     ]
     assert settings == [(256, 4), (512, 8), (1024, 16), (2048, 32)]
+
+
+def test_costs_of_methods_are_relative_to_the_first():
+    found = folders('addons', **{'train_dataloader.batch_size': 8})
+    names = 'baseline', 'SER', 'EquiMod'
+    cost = costs({name: found[name] for name in names})
+    assert [len(cost[name]['views']) for name in names] == [2, 2, 3]
+    flops = [cost[name]['gflops'] / cost['baseline']['gflops'] for name in names]
+    # Late [CLS] saves what SER costs; a third view is not seen by the momentum branch.
+    assert flops[0] == 1 and 0.98 < flops[1] < 1.02 and 1.3 < flops[2] < 1.5
+    assert cost['baseline']['time'] == 1 and all(x['seconds'] > 0 for x in cost.values())
+    json.dumps(cost)
 
 
 @pytest.mark.parametrize('file', sorted((ROOT / 'docs/results/ablations').glob('*.json')))

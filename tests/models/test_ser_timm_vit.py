@@ -21,6 +21,7 @@ from tests.support.algorithms import (
     two_views,
     with_ser,
 )
+from tests.support.networks import gradients, images
 from tests.support.paths import ROOT
 from tests.support.rounding import assert_far_above_rounding
 
@@ -78,18 +79,6 @@ def theirs_of(config):
     return timm.create_model(
         config['model'], num_classes=0, dynamic_img_size=True, **config['model_args']
     ).double()
-
-
-def images(n, height=IMAGE, width=IMAGE, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, height, width, generator=rng, dtype=torch.float64)
-
-
-def gradients(network, outputs):
-    """Of a fixed function of the outputs that treats every image and channel differently."""
-    loss = sum((o * torch.linspace(-1, 2, o.numel()).view_as(o)).sum() for o in outputs)
-    params = list(network.parameters())
-    return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
 
 
 def test_tolerance_is_far_above_rounding():

@@ -11,6 +11,7 @@ from torch import nn
 from ser_mm.models import SERVisionTransformer
 from tests.support import reference
 from tests.support.algorithms import BACKBONE, EMBED_DIMS, IMAGE, PATCH, two_views
+from tests.support.networks import gradients, images
 from tests.support.rounding import assert_far_above_rounding, rounding
 
 ARCH = {key: BACKBONE[key] for key in ('arch', 'img_size', 'patch_size')}
@@ -30,18 +31,6 @@ def vit(seed=0, **options):
     for p in network.parameters():  # no zeros and ones: every parameter makes a difference
         p.data += 0.05 * torch.randn_like(p)
     return network.double()
-
-
-def images(n, height=IMAGE, width=IMAGE, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, height, width, generator=rng, dtype=torch.float64)
-
-
-def gradients(network, outputs):
-    """Of a fixed function of the outputs that treats every image and channel differently."""
-    loss = sum((o * torch.linspace(-1, 2, o.numel()).view_as(o)).sum() for o in outputs)
-    params = list(network.parameters())
-    return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize('out_type', ['cls_token', 'avg_featmap'])
