@@ -43,9 +43,8 @@ class CPUAmpOptimWrapper(OptimWrapper):
 def is_bfloat16_faster() -> bool:
     """Whether this processor multiplies matrices faster in bfloat16 than in float32.
 
-    Both are tried, in milliseconds. What a processor says of itself does not tell: of two that
-    name ``avx512_bf16``, one took 1.5 times as long in bfloat16, another a quarter of the time. Of
-    a training step matrix products are the part that can gain.
+    Both are tried, in milliseconds: of processors that name ``avx512_bf16`` some are slower in it,
+    some faster. Of a training step matrix products are the part that can gain.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
