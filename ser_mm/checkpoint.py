@@ -395,8 +395,21 @@ def _select(backbone: nn.Module, content: Mapping, prefix: str) -> tuple[dict, l
     known = backbone.state_dict().keys()
     if _TIMM_PATCHES in weights and _TIMM_PATCHES not in known:
         weights = {_from_timm(key): value for key, value in weights.items()}
+    if 'register_tokens' in weights and 'reg_token' in known:
+        weights = _from_dinov2(weights)
     left_out = [key for key in weights if key.startswith(_ADDED) and key not in known]
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
+
+
+def _from_dinov2(weights: dict) -> dict:
+    """DINOv2 with registers as timm has it, where [CLS] holds its position."""
+    positions = weights['pos_embed']
+    return {
+        **{name: value for name, value in weights.items() if name != 'register_tokens'},
+        'reg_token': weights['register_tokens'],
+        'cls_token': weights['cls_token'] + positions[:, :1],
+        'pos_embed': positions[:, 1:],
+    }
 
 
 def _from_timm(name: str) -> str:

@@ -5,9 +5,7 @@ import copy
 import os
 import pickle
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -21,6 +19,7 @@ from ser_mm.checkpoint import load_backbone, read_checkpoint, read_weights
 from ser_mm.evaluation import build_backbone
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build
+from tests.support.foreign import FOREIGN, modules, trained
 
 # The pretrained backbone without SER: what a user of the checkpoint writes.
 PLAIN = {**BACKBONE, 'ser_layer': None, 'cls_layer': 2}
@@ -303,67 +302,6 @@ def timm_vit(**options):
     return vit
 
 
-def modules(**parts):
-    return nn.ModuleDict(parts)
-
-
-def trained(network, **beside):
-    """What scripts save: optimizer, epoch, options of the command line."""
-    optimizer = torch.optim.AdamW(network.parameters())
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    args = argparse.Namespace(lr=1e-3, output_dir=Path('out'), betas=(0.9, 0.95), clip=None)
-    return dict(optimizer=optimizer.state_dict(), epoch=3, args=args, loss=np.float32(1), **beside)
-
-
-def mae(vit):
-    vit.mask_token = nn.Parameter(torch.ones(1, 1, 8))
-    vit.decoder_pos_embed = nn.Parameter(torch.ones(1, 17, 8))
-    vit.decoder_blocks = nn.ModuleList([nn.Linear(8, 8)])
-    return trained(vit, model=vit.state_dict())
-
-
-def dino(vit):
-    head = modules(mlp=nn.Linear(48, 8))
-    student = nn.DataParallel(modules(backbone=copy.deepcopy(vit).requires_grad_(), head=head))
-    teacher = modules(backbone=vit, head=head)
-    nn.init.zeros_(student.module['backbone'].cls_token)
-    return trained(teacher, student=student.state_dict(), teacher=teacher.state_dict())
-
-
-def mocov3(vit):
-    vit.head = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8))
-    other = copy.deepcopy(vit)
-    nn.init.zeros_(other.cls_token)
-    moco = nn.DataParallel(modules(base_encoder=vit, momentum_encoder=other))
-    return trained(moco, arch='vit_small', state_dict=moco.state_dict())
-
-
-def lightning(vit):
-    return dict(
-        {'pytorch-lightning_version': '2.5.0'},
-        epoch=1,
-        state_dict=modules(model=vit).state_dict(),
-        callbacks={"ModelCheckpoint{'monitor': None}": dict(best_model_score=torch.ones(1))},
-        hparams_name='kwargs',
-        hyper_parameters=dict(lr=1e-3, data=Path('data'), args=argparse.Namespace(seed=1)),
-    )
-
-
-FOREIGN = {
-    'timm': lambda vit: vit.state_dict(),
-    'DeiT': lambda vit: trained(vit, model=vit.state_dict()),
-    'DDP': lambda vit: nn.DataParallel(vit).state_dict(),
-    'compiled': lambda vit: modules(_orig_mod=vit).state_dict(),
-    'MAE': mae,
-    'DINO': dino,
-    'MoCo v3': mocov3,
-    'Lightning': lightning,
-    'holder of another name': lambda vit: dict(encoder=nn.DataParallel(vit).state_dict(), step=1),
-}
-
-
 @pytest.mark.parametrize('name', FOREIGN)
 def test_foreign_checkpoint(name, tmp_path):
     vit = timm_vit()
@@ -402,6 +340,31 @@ def test_foreign_kind_of_vit(name, tmp_path):
     with torch.no_grad():
         backbone = build_backbone(config({**OURS, **ours}), str(tmp_path / 'vit.safetensors'))
         assert_same_features(vit, backbone)
+
+
+def test_registers_of_dinov2(tmp_path):
+    """Its [CLS] has a position, and timm's has it added."""
+    theirs = timm_vit(reg_tokens=2, no_embed_class=True, init_values=1e-5)
+    weights = theirs.state_dict()
+    position = torch.randn(1, 1, 48)
+    published = dict(
+        {k: v for k, v in weights.items() if k != 'reg_token'},
+        register_tokens=weights['reg_token'],
+        cls_token=weights['cls_token'] - position,
+        pos_embed=torch.cat([position, weights['pos_embed']], dim=1),
+        mask_token=torch.zeros(1, 48),
+    )
+    torch.save(published, tmp_path / 'dinov2.pth')
+    arguments = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3)
+    arguments.update(reg_tokens=2, no_embed_class=True, init_values=1e-5)
+    arguments['mlp_ratio'] = ARCH['feedforward_channels'] / ARCH['embed_dims']
+    ours = dict(type='SERTimmViT', model='vit_tiny_patch16_224', model_args=arguments)
+    with torch.no_grad():
+        loaded = build_backbone(config(ours), str(tmp_path / 'dinov2.pth'))
+        images = torch.randn(2, 3, 32, 32)
+        expected = theirs.eval().forward_features(images)[:, 0]
+    # Four blocks in float32; the position is taken away and added.
+    torch.testing.assert_close(loaded(images)[-1], expected, rtol=0, atol=1e-4)
 
 
 def test_foreign_vit_that_takes_the_mean(tmp_path):
