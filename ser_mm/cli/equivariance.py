@@ -28,7 +28,7 @@ from ser_mm.cli._arguments import (
 )
 from ser_mm.engine.configs import find_config, is_config
 from ser_mm.engine.options import set_options
-from ser_mm.evaluation.backbone import build_backbone, token_maps_of
+from ser_mm.evaluation.backbone import build_backbone, start_of, token_maps_of
 from ser_mm.evaluation.data import check_evaluation, spaced_images
 from ser_mm.evaluation.equivariance import (
     TRANSFORMATIONS,
@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable('--out', args.out)
     networks = {}
     for name, (config, checkpoint) in zip(args.names, args.pairs, strict=True):
-        before = f'untrained, {Path(config).stem}' if len(cfgs) > 1 else 'untrained'
+        before = start_of(cfgs[config])
+        before = f'{before}, {Path(config).stem}' if len(cfgs) > 1 else before
         networks.setdefault(before, (config, None))
         networks[name] = (config, checkpoint)
 

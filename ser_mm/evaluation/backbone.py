@@ -83,6 +83,17 @@ def build_backbone(
     return backbone
 
 
+def start_of(cfg: Config) -> str:
+    """What a run of a config begins with: 'weights', or 'untrained' where none are loaded.
+
+    Args:
+        cfg (Config): Config of a run.
+    """
+    given = (cfg.model.get('algorithm') or cfg.model).backbone.get('init_cfg') or ()
+    given = given if isinstance(given, list | tuple) else [given]
+    return 'weights' if any(x.get('checkpoint') for x in given) else 'untrained'
+
+
 @contextmanager
 def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
     """Let a backbone give the token map after every block, and leave it as it was.

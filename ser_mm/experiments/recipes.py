@@ -16,6 +16,7 @@ from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.images import use_images
 from ser_mm.engine.schedules import follow_max_epochs
 from ser_mm.files import read_kept
+from ser_mm.models.backbones.ser_timm_vit import create_timm
 
 METHODS = ('mocov3', 'dino', 'barlowtwins', 'byol', 'simsiam')
 """Algorithms that SER is added to, see the shipped configs ``ser_*.py``."""
@@ -36,7 +37,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 """What ``model`` names: the config to start from, the width of features, the pixels of a token and
 arguments of the backbone."""
 
-_TIMM = 'timm/'
+_TIMM, _LOCAL = 'timm/', 'local-dir:'
 RUN = 'run'
 """Name of the folder of a run, and of its config beside it."""
 _SIDE = 224
@@ -106,6 +107,9 @@ def pretraining_config(
     cfg.randomness = dict(seed=seed)
     if weights is not None:
         _start_from(weights, cfg.model.algorithm.backbone, model)
+        if model.startswith(_TIMM):
+            for place in (cfg, cfg.model.algorithm):
+                place.data_preprocessor.update(_pixels_of_timm(cfg))
     use_images(cfg, data, val_data)
     evaluation = cfg.evaluation
     if evaluation.val.with_label and len(list_images(evaluation.train).metainfo['classes']) < 2:
@@ -210,6 +214,8 @@ def _check_batch(batch: int, count: int, ranks: int, data: str | Path) -> None:
 def _of_timm(model: str, image_size: int) -> dict[str, Any]:
     """As an entry of :data:`BACKBONES`, for a network of timm."""
     name = model.removeprefix(_TIMM)
+    if name.startswith(_LOCAL):
+        name = f'{_LOCAL}{Path(name.removeprefix(_LOCAL)).expanduser().absolute()}'
     config = dict(type='SERTimmViT', model=name, model_args=dict(img_size=image_size))
     try:
         built = MODELS.build(dict(config))
@@ -230,6 +236,15 @@ def _of_timm(model: str, image_size: int) -> dict[str, Any]:
         return dict(config, config='r50', channels=channels, stride=built.token_map_stride)
     width, stride = built.embed_dims, built.token_map_stride
     return dict(config, config='vits16', channels=width, stride=stride)
+
+
+def _pixels_of_timm(cfg: Config) -> dict[str, list[float]]:
+    """Mean and std that the weights of a network of timm were trained with."""
+    from timm.data import resolve_model_data_config
+
+    network = create_timm('--model', cfg.model.algorithm.backbone.model, None)
+    data = resolve_model_data_config(network)
+    return {key: [round(255 * x, 3) for x in data[key]] for key in ('mean', 'std')}
 
 
 def choose_batch_size(count: int, ranks: int = 1) -> int:

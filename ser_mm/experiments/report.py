@@ -3,16 +3,19 @@
 import html
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.runner import set_random_seed
 from PIL import Image
+from torch import Tensor
 
 from ser_mm.engine.logs import read_scalars
-from ser_mm.evaluation.backbone import token_maps_of
+from ser_mm.evaluation.backbone import build_backbone, start_of, token_maps_of
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import Embedder
@@ -46,7 +49,7 @@ def report(cfg: Config, checkpoint: str, out: Path) -> Path:
         Path: The page.
     """
     print('figures and pictures', flush=True)
-    pictures, layer = out / 'pictures', cfg.model.algorithm.backbone.ser_layer
+    pictures, layer, start = out / 'pictures', cfg.model.algorithm.backbone.ser_layer, start_of(cfg)
     draw_losses({'pretraining': read_scalars(cfg.work_dir)}, pictures / 'losses.png')
     views, preprocessor = training_views(cfg)
     draw_views(views, lambda x: restore_images(x, preprocessor), pictures / 'views.png')
@@ -54,7 +57,7 @@ def report(cfg: Config, checkpoint: str, out: Path) -> Path:
     preprocessor, _ = build_loader(cfg, 'val')
     images = torch.cat(list(spaced_images(cfg, 'val', IMAGES)))
     draw_token_maps(
-        {'pretrained': token_map(cfg, checkpoint, layer), 'untrained': token_map(cfg, None, layer)},
+        {'pretrained': token_map(cfg, checkpoint, layer), start: token_map(cfg, None, layer)},
         images,
         lambda x: restore_images(x, preprocessor),
         pictures / 'token_maps.png',
@@ -69,16 +72,24 @@ def report(cfg: Config, checkpoint: str, out: Path) -> Path:
         [[_thumbnail(files[j]) for j in nearest[i]] for i in chosen], pictures / 'neighbours.png'
     )
 
-    if cfg.evaluation.val.with_label:
-        found = evaluate(cfg, checkpoint, IMAGES)
-    else:
-        with token_maps_of(embedder.backbone) as token_maps:
-            found = dict(layers=equivariance_by_layer(token_maps, [images], TRANSFORMATIONS))
+    before = deepcopy(cfg)
+    before.work_dir = str(out / 'start')
+    found = _measure(cfg, checkpoint, images) | dict(before=_measure(before, None, images))
     write_text(out / 'figures.json', json.dumps(found, indent=1))
     page = out / 'report.html'
-    write_text(page, _page(cfg, found, layer))
-    print(f'{_summary(found, layer)}\n{page} shows it.', flush=True)
+    summary = _summary({start: found['before'], 'pretrained': found}, layer)
+    write_text(page, _page(cfg, summary, layer))
+    print(f'{summary}\n{page} shows it.', flush=True)
     return page
+
+
+def _measure(cfg: Config, checkpoint: str | None, images: Tensor) -> dict[str, Any]:
+    """Figures of a network, or of what a run starts from; accuracies where there are labels."""
+    if cfg.evaluation.val.with_label:
+        return evaluate(cfg, checkpoint, IMAGES)
+    set_random_seed(cfg.randomness.seed)
+    with token_maps_of(build_backbone(cfg, checkpoint)) as token_maps:
+        return dict(layers=equivariance_by_layer(token_maps, [images], TRANSFORMATIONS))
 
 
 def _thumbnail(file: str) -> Image.Image:
@@ -93,19 +104,22 @@ def _thumbnail(file: str) -> Image.Image:
     return small
 
 
-def _summary(found: Mapping[str, Any], layer: int) -> str:
-    """A table in Markdown of what was measured."""
+def _summary(networks: Mapping[str, Mapping[str, Any]], layer: int) -> str:
+    """A table in Markdown of what was measured, a column for each network."""
     titles = dict(probe='linear probe', probe_turned='linear probe, turned images', knn='k-NN')
-    rows = [[title, f'{found[key]:.3f}'] for key, title in titles.items() if key in found]
-    mixture = found['layers']['mixture']
-    rows += [
-        [f'R2 after block {layer}', f'{mixture[layer - 1]["r2"]:.3f}'],
-        ['R2 after the last block', f'{mixture[-1]["r2"]:.3f}'],
-    ]
-    return make_table(['on validation images', ''], rows)
+    figures = {
+        titles[key]: [found[key] for found in networks.values()]
+        for key in titles
+        if all(key in found for found in networks.values())
+    }
+    maps = [found['layers']['mixture'] for found in networks.values()]
+    figures[f'R2 after block {layer}'] = [x[layer - 1]['r2'] for x in maps]
+    figures['R2 after the last block'] = [x[-1]['r2'] for x in maps]
+    rows = [[title, *(f'{x:.3f}' for x in values)] for title, values in figures.items()]
+    return make_table(['on validation images', *networks], rows)
 
 
-def _page(cfg: Config, found: Mapping[str, Any], layer: int) -> str:
+def _page(cfg: Config, summary: str, layer: int) -> str:
     captions = {
         'losses': 'Losses over the steps: of the algorithm, and of SER.',
         'views': 'Views that the network was trained on.',
@@ -124,5 +138,5 @@ def _page(cfg: Config, found: Mapping[str, Any], layer: int) -> str:
     return (
         '<!doctype html><meta charset="utf-8"><title>Pretraining with SER</title>'
         '<body style="font-family:sans-serif;max-width:60em;margin:2em auto">'
-        f'<h1>{html.escape(about)}</h1><pre>{html.escape(_summary(found, layer))}</pre>{shown}'
+        f'<h1>{html.escape(about)}</h1><pre>{html.escape(summary)}</pre>{shown}'
     )

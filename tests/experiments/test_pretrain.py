@@ -10,9 +10,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.backbone import build_backbone, build_model, token_maps_of
+from ser_mm.evaluation.data import spaced_images
+from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import Embedder
 from ser_mm.experiments.recipes import pretraining_config
+from ser_mm.experiments.report import IMAGES
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -45,6 +48,17 @@ assert not any(x.split('.')[0] in ('ser_mm', 'mmengine', 'mmpretrain') for x in 
     torch.testing.assert_close(torch.load(folder.parent / 'features.pth'), ours, rtol=0, atol=1e-5)
 
 
+def assert_starts_from(weights, out, before):
+    """What is reported of the start is that of the weights, read without the run's init_cfg."""
+    cfg = Config.fromfile(out / 'run.py')
+    assert cfg.model.algorithm.backbone.pop('init_cfg')
+    with token_maps_of(build_backbone(cfg, str(weights))) as token_maps:
+        images = spaced_images(cfg, 'val', IMAGES)
+        expected = equivariance_by_layer(token_maps, images, ['rot90'])
+    for ours, theirs in zip(before['layers']['rot90'], expected['rot90'], strict=True):
+        assert ours['r2'] == pytest.approx(theirs['r2'], abs=1e-5)
+
+
 @pytest.mark.slow
 def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_path):
     out = tmp_path / 'out'
@@ -64,7 +78,9 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
     assert pictures == {f'{x}.png' for x in ('losses', 'views', 'token_maps', 'neighbours')}
     page = (out / 'report.html').read_text()
     assert all(f'pictures/{name}' in page for name in pictures)
-    assert set(json.loads((out / 'figures.json').read_text())) == {'layers'}
+    found = json.loads((out / 'figures.json').read_text())
+    assert set(found) == {'layers', 'before'} and set(found['before']) == {'layers'}
+    assert '| untrained ' in done.stdout and found['layers'] != found['before']['layers']
     expected = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_3.pth'))
     assert_loads_elsewhere(out / 'timm', expected)
     # The config is an ordinary one.
@@ -97,6 +113,7 @@ def test_folders_of_classes_going_on_from_weights(images, tmp_path, method, name
     found = json.loads((out / 'figures.json').read_text())
     assert all(0 <= found[key] <= 1 for key in ('probe', 'probe_turned', 'knn'))
     assert 'k-NN' in (out / 'report.html').read_text()
+    assert_starts_from(tmp_path / 'weights.pth', out, found['before'])
     expected = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_1.pth'))
     assert_loads_elsewhere(out / 'timm', expected)
     after = torch.load(out / 'run' / 'epoch_1.pth', weights_only=False)['state_dict']

@@ -8,7 +8,10 @@ import torch
 from mmpretrain.registry import MODELS
 from safetensors.torch import save_file
 
+from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.data import build_preprocessor
 from ser_mm.experiments.recipes import BACKBONES, choose_batch_size, pretraining_config
+from tests.support.foreign import FOREIGN
 
 
 def config(images, tmp_path, **options):
@@ -55,6 +58,46 @@ def test_weights_of_timm_are_gone_on_from(images, tmp_path, name):
     with torch.no_grad():
         ours, expected = backbone.eval()(pixels)[-1], theirs.eval()(pixels)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def saved_by_timm(folder, **arguments):
+    """A ViT of no name in timm, and its folder."""
+    arguments = dict(dict(patch_size=8, embed_dim=48, depth=4, num_heads=3), **arguments)
+    torch.manual_seed(1)
+    network = timm.create_model('vit_tiny_patch16_224', img_size=64, num_classes=0, **arguments)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    timm.models.save_for_hf(network, folder, model_args=dict(img_size=64, **arguments))
+    return network
+
+
+@pytest.mark.parametrize('layout', ['timm', 'MoCo v3', 'DINO', 'DINOv2'])
+def test_weights_of_any_layout_and_a_network_that_timm_saved(images, tmp_path, monkeypatch, layout):
+    more = dict(init_values=1e-5) if layout == 'DINOv2' else {}
+    theirs = saved_by_timm(tmp_path / 'network', **more)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.eval()(pixels)
+    torch.save(FOREIGN[layout](theirs), tmp_path / 'weights.pth')
+    monkeypatch.chdir(tmp_path)
+    cfg = config(images, tmp_path, model='timm/local-dir:network', weights='weights.pth')
+    monkeypatch.chdir('/')  # where the run goes on does not matter
+    backbone = MODELS.build(cfg.model.algorithm.backbone)
+    backbone.init_weights()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.eval()(pixels)[-1], expected, rtol=0, atol=1e-4)
+
+
+def test_weights_of_timm_get_the_pixels_that_they_know(images, tmp_path):
+    network = saved_by_timm(tmp_path / 'network')  # mean and std are 0.5
+    torch.save(network.state_dict(), tmp_path / 'weights.pth')
+    options = dict(model=f'timm/local-dir:{tmp_path}/network')
+    untrained = config(images, tmp_path, **options)
+    trained = config(images, tmp_path, weights=tmp_path / 'weights.pth', **options)
+    means = [build_preprocessor(cfg).mean.flatten().tolist() for cfg in (untrained, trained)]
+    assert means == [pytest.approx([123.675, 116.28, 103.53]), [127.5] * 3]
+    in_training = build_model(trained).data_preprocessor
+    assert all(set(x.flatten().tolist()) == {127.5} for x in (in_training.mean, in_training.std))
 
 
 @pytest.mark.parametrize(
