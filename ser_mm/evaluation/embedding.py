@@ -83,9 +83,7 @@ def embed_folder(
         type='mmpretrain.ImageSource', data_root=str(place), split='all', with_label=False
     )
     cfg.evaluation = ConfigDict(cfg.get('evaluation') or {}, **{_SPLIT: dataset})
-    listed = DATASETS.build(dict(dataset, pipeline=[]))
-    root = f'{place if place.is_dir() else place.parent}{os.sep}'
-    names = [listed.get_data_info(i)['img_path'].removeprefix(root) for i in range(len(listed))]
+    names = _names(dataset, place)
     check_names(out, names)
     cfg.evaluation[_SPLIT].pipeline = pipeline
     source = CachedFeatures(cfg, checkpoint, cache_dir, blocks, batch_size, num_workers, layer)
@@ -93,11 +91,23 @@ def embed_folder(
     if found is None:
         return None
     features = found[0].numpy()
+    if _names(dataset, place) != names:
+        raise ValueError(
+            f'{data}: images came or went while features were extracted; the same command extracts '
+            'those of what is there now.'
+        )
     if place.is_dir():
         order = sorted(range(len(names)), key=names.__getitem__)
         features, names = features[order], [names[i] for i in order]
     write_features(out, features, names)
     return features, names
+
+
+def _names(dataset: dict, place: Path) -> list[str]:
+    """Paths of the images of a data set, relative to its folder or to that of its list."""
+    listed = DATASETS.build(dict(dataset, pipeline=[]))
+    root = f'{place if place.is_dir() else place.parent}{os.sep}'
+    return [listed.get_data_info(i)['img_path'].removeprefix(root) for i in range(len(listed))]
 
 
 def check_format(file: str | Path, maps: bool = False) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_token_maps_of_a_layer(suffix, folder, cfg, checkpoint, tmp_path):
     other, _ = embed_folder(cfg, checkpoint, folder, out, tmp_path, layer=3)
     assert other.shape == maps.shape and not np.array_equal(other, maps)
     assert embed_folder(cfg, checkpoint, folder, out, tmp_path)[0].shape == (5, 48)
+
+
+def test_images_that_come_meanwhile_are_noticed(folder, cfg, checkpoint, tmp_path, monkeypatch):
+    forward = Embedder.forward
+
+    def meanwhile(self, images):
+        shutil.copy(folder / NAMES[0], folder / 'new.png')
+        return forward(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, 'forward', meanwhile)
+        with pytest.raises(ValueError, match='my images: images came or went while'):
+            embed_folder(cfg, checkpoint, folder, tmp_path / 'x.npy', tmp_path / 'cache')
+    assert not (tmp_path / 'x.npy').exists()
+    _, names = embed_folder(cfg, checkpoint, folder, tmp_path / 'x.npy', tmp_path / 'cache')
+    assert names == sorted([*NAMES, 'new.png'])
 
 
 def test_layers_that_are_not_there(cfg):
