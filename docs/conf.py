@@ -59,7 +59,7 @@ nitpick_ignore_regex = [
     ('py:class', r'optional|BaseDataPreprocessor|Callable|Config|Counter.*|DataLoader|DataSample'),
     ('py:class', r'Figure|Generator|Iterable|Iterator|Mapping|Optimizer|Path|Sequence|Tensor'),
     ('py:class', r'Compose|Dataset|Image|Runner|_ParamScheduler'),
-    ('py:.*', r'(argparse|collections|mmengine|mmpretrain|nn|np|numpy|pickle|torch)\..*'),
+    ('py:.*', r'(argparse|collections|mmengine|mmpretrain|nn|np|numpy|onnx|pickle|torch)\..*'),
 ]
 
 

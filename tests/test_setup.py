@@ -21,7 +21,8 @@ from ser_mm.engine.operators import read_config, require_operators
 from tests.support.paths import ROOT
 
 # Import names of packages that only some commands, transforms or tests need.
-OPTIONS = ['imagecorruptions', 'mmdet', 'pycocotools', 'safetensors', 'timm']
+OPTIONS = ['imagecorruptions', 'mmdet', 'onnx', 'onnxruntime', 'onnxscript', 'pyarrow']
+OPTIONS += ['pycocotools', 'safetensors', 'timm']
 
 
 def declared():

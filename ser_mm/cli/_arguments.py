@@ -157,10 +157,17 @@ def use_data(
     if args.data is None and val is not None:
         raise ValueError('--val-data needs --data, the images to train on.')
     if args.data is not None:
-        try:
+        with about_option('--data'):
             use_images(cfg, args.data, val, labels, splits)
-        except (OSError, ValueError) as error:
-            raise type(error)(f'--data {error}') from error
+
+
+@contextmanager
+def about_option(option: str) -> Iterator[None]:
+    """Let the sentences of errors begin with the option that they are about."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise type(error)(f'{option} {error}') from error
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +215,11 @@ def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         '--out', type=place, default=Path(out), help=f'folder of the results (default: {out})'
     )
+    add_extraction_arguments(parser)
+
+
+def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how features are extracted, see :func:`feature_options`."""
     parser.add_argument(
         '--blocks',
         type=positive(int),
@@ -281,7 +293,8 @@ def load_config(
     Args:
         config (str): Path or name of the config.
         args (argparse.Namespace): With what :func:`add_feature_arguments` adds.
-        splits (Sequence[str]): Keys of ``evaluation`` that will be used.
+        splits (Sequence[str]): Keys of ``evaluation`` that will be used. None of them if the
+            command brings its own images into the config.
 
     Returns:
         Config: With the options of the command line.
@@ -293,7 +306,8 @@ def load_config(
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = Config.fromfile(find_config(config))
-    use_data(cfg, args, True, splits)
+    if splits:
+        use_data(cfg, args, True, splits)
     set_options(cfg, args.cfg_options)
     check_writable('--out', args.out)
     check_writable('--cache-dir', args.cache_dir)

@@ -1,11 +1,12 @@
-"""Write a trained backbone so that timm, torchvision or MMPretrain loads it without ser_mm.
+"""Write a trained backbone so that timm, torchvision, MMPretrain or ONNX loads it without ser_mm.
 
     ser-mm export ser_mocov3_vits16 epoch_100.pth out/timm
     hf upload USER/NAME out/timm        # push the folder to a hub
 
 For timm OUT is a folder: timm.create_model('local-dir:OUT', pretrained=True, num_classes=0) gives
 the features, and timm.data.resolve_model_data_config what the images are to be. For the others OUT
-is a file. The features are compared before anything is written.
+is a file: for ONNX, a program that gives the features of any number of images. The features are
+compared before anything is written.
 """
 
 import argparse
@@ -41,7 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--to',
         choices=LIBRARIES,
         default='timm',
-        help='library that is to load it; torchvision has ResNets only (default: %(default)s)',
+        help='what is to load it; torchvision has ResNets only, onnx is for any backbone (default: '
+        '%(default)s)',
     )
     add_cfg_options(parser, 'override fields of the config, e.g. evaluation.prefix=teacher.')
     return parser.parse_args(argv)

@@ -39,7 +39,8 @@ class ImageSource(CustomDataset):
 
     Args:
         data_root (str | Path): The folder or the list.
-        split (str): 'train' or 'val'. Defaults to 'train'.
+        split (str): 'train', 'val', or 'all' for all images, whatever folders they are in. Defaults
+            to 'train'.
         hold_out (bool): Where there is no folder of validation images, let 'val' be every fifth
             image of each class (without labels: of all), and 'train' the others; otherwise both
             are all images. Defaults to False.
@@ -57,7 +58,7 @@ class ImageSource(CustomDataset):
     def __init__(
         self,
         data_root: Name | Path,
-        split: Literal['train', 'val'] = 'train',
+        split: Literal['train', 'val', 'all'] = 'train',
         hold_out: bool = False,
         with_label: bool = False,
         extensions: Annotated[Sequence[Name], filled] = SUFFIXES,
@@ -103,7 +104,7 @@ class ImageSource(CustomDataset):
             else:
                 names = list(map(str, range(max(info['gt_label'] for info in data) + 1)))
             self._metainfo.setdefault('classes', tuple(names))
-        if self.hold_out and not divided:
+        if self.hold_out and self.split != 'all' and not divided:
             data = _deal(data, self.split == 'val')
             if not data:
                 raise ValueError(
@@ -119,7 +120,7 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
 
     Args:
         root (str | Path): Folder or list.
-        split (str): 'train' or 'val'.
+        split (str): 'train', 'val' or 'all'.
         suffixes (Sequence[str]): Of images. Defaults to :data:`SUFFIXES`.
 
     Returns:
@@ -132,7 +133,7 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
         PermissionError: If ``root`` cannot be read.
     """
     root = Path(root).expanduser()
-    if not root.is_dir():
+    if split == 'all' or not root.is_dir():
         return root, False
     folders = {path.name.lower(): path for path in _scan(root)[0]}
     found = {
@@ -173,7 +174,7 @@ def check_images(
 
     Args:
         root (str | Path): Folder or list.
-        split (str): 'train' or 'val'. Defaults to 'train'.
+        split (str): 'train', 'val' or 'all'. Defaults to 'train'.
         suffixes (Sequence[str]): Of images. Defaults to :data:`SUFFIXES`.
         with_label (bool): Whether labels are needed. Defaults to False.
 

@@ -1,6 +1,7 @@
-"""A backbone as a network of timm, torchvision or plain MMPretrain that gives the same features."""
+"""A backbone as a network of timm, torchvision, MMPretrain or ONNX that gives the same features."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -123,6 +124,57 @@ def to_mmpretrain(config: dict, backbone: nn.Module) -> tuple[nn.Module, dict]:
     return _filled(network, backbone.state_dict(), backbone, 'mmpretrain'), plain
 
 
+@torch.no_grad()
+def to_onnx(network: nn.Module, size: Sequence[int]) -> Any:
+    """The program of ONNX that gives what a network gives, for any number of images.
+
+    Args:
+        network (nn.Module): Gives a tensor of images; on the CPU, in eval mode.
+        size (Sequence[int]): Channels, height and width of an image.
+
+    Returns:
+        onnx.ModelProto: With the input ``images``, float32, (N, C, H, W), and ``features``.
+
+    Raises:
+        ImportError: If onnx, onnxscript or onnxruntime is not installed.
+        ValueError: If the network cannot be exported, or the program gives something else.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  which torch.onnx needs
+    except ImportError as error:
+        raise ImportError(
+            'An export to ONNX needs onnx, onnxscript and onnxruntime, which are not all '
+            "installed: run `pip install 'ser_mm[onnx]'`."
+        ) from error
+    _check_finite(network.state_dict())
+    rng = torch.Generator().manual_seed(0)
+    try:
+        program = torch.onnx.export(
+            network,
+            (torch.randn(2, *size, generator=rng),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+            input_names=['images'],
+            output_names=['features'],
+            verbose=False,
+        ).model_proto
+    except torch.onnx.OnnxExporterError as error:
+        told = str(error).strip().splitlines()[0]
+        raise _refusal(network, 'ONNX', f'operations that torch cannot export ({told})') from error
+    session = onnxruntime.InferenceSession(program.SerializeToString())
+    for count in (1, 3):  # other batches than that of the export
+        images = torch.randn(count, *size, generator=rng)
+        expected = network(images)
+        found = torch.from_numpy(session.run(None, dict(images=images.numpy()))[0])
+        # In float32 two libraries round in other places, but by far less.
+        if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=0, atol=1e-3 * float(expected.abs().max())
+        ):
+            raise _refusal(network, 'ONNX', f'outputs that differ for {count} images')
+    return program
+
+
 def _timm_itself(backbone: SERTimmViT | SERTimmStages) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of what a backbone was built from, or of its late variant."""
     name = backbone.model.partition('.')[0]
@@ -236,9 +288,7 @@ def _refusal(backbone: nn.Module, to: str, what: str, remedy: str = '') -> Value
 @torch.no_grad()
 def _filled(network: nn.Module, weights: dict, backbone: nn.Module, to: str) -> nn.Module:
     """The network with these weights, in eval mode, if it gives what the backbone gives."""
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise ValueError(f'{name} of the checkpoint has values that are infinite or NaN.')
+    _check_finite(weights)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -258,6 +308,12 @@ def _filled(network: nn.Module, weights: dict, backbone: nn.Module, to: str) -> 
             apart = f' by up to {(found - expected).abs().max():.1e}'
         raise _refusal(backbone, to, f'outputs that differ{apart}')
     return network
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f'{name} of the checkpoint has values that are infinite or NaN.')
 
 
 def _feature(outputs: Any) -> Tensor:

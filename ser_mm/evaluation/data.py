@@ -32,6 +32,24 @@ def dataset_of(cfg: Config, split: str) -> dict:
     return dataset
 
 
+def evaluation_pipeline(cfg: Config) -> list[dict]:
+    """What a config does to the images of an evaluation.
+
+    Args:
+        cfg (Config): Config of a run.
+
+    Returns:
+        list[dict]: Transforms of ``evaluation.val``, or else of ``test_dataloader``; none where
+        there is neither.
+    """
+    places = (
+        (cfg.get('evaluation') or {}).get('val'),
+        (cfg.get('test_dataloader') or {}).get('dataset'),
+    )
+    found = ((place or {}).get('pipeline') for place in places)
+    return next((list(pipeline) for pipeline in found if pipeline is not None), [])
+
+
 def build_loader(
     cfg: Config,
     split: str,

@@ -1,4 +1,4 @@
-"""A trained backbone as other libraries load it: timm, torchvision, plain MMPretrain."""
+"""A trained backbone as other libraries load it: timm, torchvision, plain MMPretrain, ONNX."""
 
 import json
 import math
@@ -13,11 +13,12 @@ from mmengine.config import Config
 from torch import nn
 
 from ser_mm.evaluation.backbone import as_config, build_backbone
-from ser_mm.evaluation.conversion import to_mmpretrain, to_timm, to_torchvision
-from ser_mm.evaluation.data import build_preprocessor
+from ser_mm.evaluation.conversion import to_mmpretrain, to_onnx, to_timm, to_torchvision
+from ser_mm.evaluation.data import build_preprocessor, evaluation_pipeline
+from ser_mm.evaluation.features import Embedder
 from ser_mm.files import replacing, replacing_folder
 
-LIBRARIES = ('timm', 'mmpretrain', 'torchvision')
+LIBRARIES = ('timm', 'mmpretrain', 'torchvision', 'onnx')
 """Libraries that a backbone can be exported to."""
 
 _FILES = {'README.md', 'config.json', 'model.safetensors', 'ser_vit.py', '__pycache__'}
@@ -31,7 +32,8 @@ def export_backbone(
 ) -> str:
     """Write the backbone of a run so that another library loads it without this package.
 
-    What is written is compared with the backbone first, on a random image, in float64.
+    What is written is compared with the backbone first, on random images, in float64, or float32
+    for ONNX.
 
     Args:
         cfg (Config | str | Path): Config of a run, its path, or the name of a shipped one, see
@@ -41,16 +43,19 @@ def export_backbone(
             and, for a ViT with a late [CLS], the module ``ser_vit.py``. Otherwise a file. An
             earlier export is replaced.
         to (str): 'timm'; 'mmpretrain', for its own class, which needs no module of this package;
-            or 'torchvision', for a ResNet. Defaults to 'timm'.
+            'torchvision', for a ResNet; or 'onnx', for any backbone: a program that takes any
+            number of images of one size, and has what timm calls the data config as JSON in its
+            metadata. Defaults to 'timm'.
 
     Returns:
-        str: Lines of Python that load it.
+        str: Lines of Python that load it; an ONNX program is also run, on ``images``.
 
     Raises:
         FileExistsError: If ``out`` holds something else.
         ImportError: If the library is not installed.
         ValueError: If the library has no network like this, see
-            :func:`~ser_mm.evaluation.conversion.to_timm`, ``to_torchvision`` and ``to_mmpretrain``.
+            :func:`~ser_mm.evaluation.conversion.to_timm`, ``to_torchvision``, ``to_mmpretrain`` and
+            ``to_onnx``.
 
     Example:
         >>> export_backbone('ser_mocov3_vits16', 'epoch_100.pth', 'out/timm')
@@ -60,6 +65,8 @@ def export_backbone(
     out = Path(out).expanduser()
     _check_place(out, to, checkpoint)
     cfg = as_config(cfg)
+    if to == 'onnx':
+        return _write_onnx(cfg, checkpoint, out)
     backbone = build_backbone(cfg, checkpoint).cpu()
     if to == 'mmpretrain':
         return _write_mmpretrain(cfg, backbone, out)
@@ -142,10 +149,7 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
         )
     if _takes_bgr(cfg, channels):
         mean, std = mean.flip(0), std.flip(0)
-    pipeline = ((cfg.get('evaluation') or {}).get('val') or {}).get('pipeline')
-    if pipeline is None:
-        pipeline = ((cfg.get('test_dataloader') or {}).get('dataset') or {}).get('pipeline') or []
-    found = {str(x.get('type')).rpartition('.')[2]: x for x in pipeline}
+    found = {str(x.get('type')).rpartition('.')[2]: x for x in evaluation_pipeline(cfg)}
     crop = found.get('CenterCrop', {}).get('crop_size')
     height, width = getattr(backbone, 'img_size', None) or _pair(crop or 224)
     resize = found.get('ResizeEdge', {})
@@ -216,6 +220,25 @@ def _write_mmpretrain(cfg: Config, backbone: nn.Module, out: Path) -> str:
     _save(weights, out, lambda x: dict(state_dict=x))
     config['init_cfg'] = dict(type='Pretrained', checkpoint=str(out), prefix='backbone.')
     return f'backbone = {pformat(config, sort_dicts=False, width=96)}'
+
+
+def _write_onnx(cfg: Config, checkpoint: str, out: Path) -> str:
+    network = Embedder(cfg, checkpoint).cpu()
+    network.eval()
+    data = data_config(cfg, network.backbone)
+    _take_rgb(network.backbone.get_submodule(_first_conv(network.backbone)), cfg)
+    program = to_onnx(network, data['input_size'])
+    program.metadata_props.add(key='data', value=json.dumps(data))
+    with replacing(out) as part:
+        part.write_bytes(program.SerializeToString())
+    channels, *size = data['input_size']
+    return (
+        'import json, onnxruntime\n'
+        f'session = onnxruntime.InferenceSession({str(out)!r})\n'
+        "data = json.loads(session.get_modelmeta().custom_metadata_map['data'])\n"
+        f'# images: float32, (N, {channels}, {", ".join(map(str, size))}), as data says\n'
+        '(features,) = session.run(None, dict(images=images))'
+    )
 
 
 def _save(weights: dict, file: Path, holder: Callable[[dict], Any] = lambda x: x) -> None:

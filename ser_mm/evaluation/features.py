@@ -25,7 +25,7 @@ from mmengine.dist import (
     broadcast_object_list,
     get_dist_info,
 )
-from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.models.backbones import ResNet, VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
@@ -41,7 +41,8 @@ class Embedder(nn.Module):
 
     With ``blocks=1`` the vector is the last output: a [CLS] token, or a map averaged over its
     places. With more, the [CLS] tokens of the last blocks of a ViT side by side, each through the
-    final norm, which is DINO's protocol for the linear probe.
+    final norm, which is DINO's protocol for the linear probe. With ``layer`` it is no vector, but
+    a token map.
 
     Args:
         cfg (Config | str | Path): Config of a run, its path, or the name of a shipped one, see
@@ -50,9 +51,12 @@ class Embedder(nn.Module):
         blocks (int): Last blocks to take. Defaults to 1.
         head (nn.Linear, optional): Give the class that a copy of it finds in the vector, instead
             of the vector. Defaults to None.
+        layer (int, optional): Give the map (C, h, w) of the patch tokens after this block of a ViT,
+            or of this stage of a ResNet, counted from 1. Defaults to None.
 
     Raises:
-        ValueError: If ``blocks`` is not in the network, or an output is no vector and no map.
+        ValueError: If ``blocks`` or ``layer`` is not in the network, or an output is no vector and
+            no map.
 
     Example:
         >>> embedder = Embedder('ser_mocov3_vits16', 'epoch_100.pth')
@@ -65,6 +69,7 @@ class Embedder(nn.Module):
         checkpoint: str | None = None,
         blocks: int = 1,
         head: nn.Linear | None = None,
+        layer: int | None = None,
     ) -> None:
         super().__init__()
         cfg = as_config(cfg)
@@ -87,7 +92,11 @@ class Embedder(nn.Module):
                     'that many at most.'
                 )
             self.backbone.out_indices = list(range(depth - blocks, depth))
-        self.blocks = blocks
+        if layer is not None:
+            if blocks > 1 or head:
+                raise ValueError(f'layer={layer} is a map, without blocks={blocks} and a head.')
+            self._give_map(layer)
+        self.blocks, self.layer = blocks, layer
         self.set_head(head)
         self._cfg = cfg
 
@@ -103,7 +112,8 @@ class Embedder(nn.Module):
             batch_size (int): Images at one time. Defaults to 64.
 
         Returns:
-            Tensor: Shape (N, C), or classes (N,) with a head; on the CPU.
+            Tensor: Shape (N, C), classes (N,) with a head, or maps (N, C, h, w) with ``layer``; on
+            the CPU.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -135,9 +145,26 @@ class Embedder(nn.Module):
         """Give the class that a copy of ``head`` finds from now on, or the vector if it is None."""
         self.head = head and deepcopy(head).to(get_device())
 
+    def _give_map(self, layer: int) -> None:
+        """Let the backbone give the map after a layer."""
+        name = 'num_stages' if isinstance(self.backbone, ResNet) else 'num_layers'
+        depth = getattr(self.backbone, name, None)
+        if not isinstance(self.backbone, ResNet | VisionTransformer) or depth is None:
+            raise ValueError(
+                f'layer={layer}: maps are given by ViTs and ResNets, and this is '
+                f'{type(self.backbone).__name__}; leave it out.'
+            )
+        if not 1 <= layer <= depth:
+            raise ValueError(f'layer={layer} is not in the network; choose 1 to {depth}.')
+        self.backbone.out_indices = [layer - 1]
+        if hasattr(self.backbone, 'out_type'):
+            self.backbone.out_type = 'featmap'
+
     def forward(self, images: Tensor) -> Tensor:
-        """Embed images (N, 3, H, W) as vectors (N, C), or classify them (N,)."""
+        """Embed images (N, 3, H, W) as vectors (N, C) or maps, or classify them (N,)."""
         outputs = self.backbone(images)
+        if self.layer is not None:
+            return outputs[-1]
         outputs = outputs[-self.blocks :] if isinstance(outputs, (tuple, list)) else [outputs]
         if self.blocks > 1 and self.backbone.final_norm:
             outputs = [*(self.backbone.ln1(x) for x in outputs[:-1]), outputs[-1]]
@@ -159,7 +186,10 @@ class Embedder(nn.Module):
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, preprocessor: Callable[[dict], dict], batches: Iterable[dict]
+    backbone: nn.Module,
+    preprocessor: Callable[[dict], dict],
+    batches: Iterable[dict],
+    labelled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of a data set, by a network in eval mode.
 
@@ -174,6 +204,7 @@ def extract_features(
             MMPretrain's ``ClsDataPreprocessor``.
         batches (Iterable[dict]): Collated batches with ``inputs`` and labelled ``data_samples``, as
             a data loader of MMPretrain gives them. ``inputs`` of sequences are (N, T, 3, H, W).
+        labelled (bool): Whether the images have labels; -1 takes their place. Defaults to True.
 
     Returns:
         tuple: Features, shape (N, C) or (N, C, h, w), of sequences (N, T, ...), and labels, shape
@@ -192,7 +223,8 @@ def extract_features(
             if isinstance(outputs, (tuple, list)):
                 outputs = torch.cat(outputs, dim=1)
             features.append(outputs.unflatten(0, sequences).cpu() if sequences else outputs.cpu())
-            labels += [int(sample.gt_label) for sample in batch['data_samples']]
+            samples = batch['data_samples']
+            labels += [int(sample.gt_label) if labelled else -1 for sample in samples]
     finally:
         backbone.train(training)
     return torch.cat(features), torch.tensor(labels)
@@ -205,9 +237,9 @@ class CachedFeatures:
     data sets. On several ranks each extracts its share of the images.
 
     The name of a file in the cache changes with whatever the features depend on: the content of
-    the checkpoint, the backbone's config, ``blocks``, the head, the normalization, the config of
-    the data set with its transforms, and its files by name, size, time of the last change and
-    label. A file that cannot be read is made again. What is extracted when an image cannot be
+    the checkpoint, the backbone's config, ``blocks``, ``layer``, the head, the normalization, the
+    config of the data set with its transforms, and its files by name, size, time of the last change
+    and label. A file that cannot be read is made again. What is extracted when an image cannot be
     read, or on an interruption by Ctrl-C, is kept, and the next call extracts the rest. Several
     machines have to share the folder.
 
@@ -218,6 +250,7 @@ class CachedFeatures:
         blocks (int): See :class:`Embedder`. Defaults to 1.
         batch_size (int): Images per batch of a rank. Defaults to 256.
         num_workers (int): Processes that read images. Defaults to 0.
+        layer (int, optional): See :class:`Embedder`. Defaults to None.
 
     Example:
         >>> source = CachedFeatures(cfg, 'epoch_100.pth', 'work_dirs/features')
@@ -232,6 +265,7 @@ class CachedFeatures:
         blocks: int = 1,
         batch_size: int = 256,
         num_workers: int = 0,
+        layer: int | None = None,
     ) -> None:
         self.cfg = cfg
         self.checkpoint = checkpoint
@@ -239,11 +273,12 @@ class CachedFeatures:
         self.blocks = blocks
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.layer = layer
 
     @cached_property
     def network(self) -> Embedder:
         """The frozen network, in eval mode."""
-        return Embedder(self.cfg, self.checkpoint, self.blocks)
+        return Embedder(self.cfg, self.checkpoint, self.blocks, layer=self.layer)
 
     @cached_property
     def _weights(self) -> Any:
@@ -273,8 +308,9 @@ class CachedFeatures:
             main_only (bool): Let the other ranks help to extract, and no more. Defaults to False.
 
         Returns:
-            tuple: Features (N, C), or classes (N,), and labels (N,), on the CPU. Of sequences of T
-            frames, (N, T, C) or (N, T). With ``main_only``, None on the other ranks.
+            tuple: Features (N, C), or classes (N,), and labels (N,), on the CPU; the labels are -1
+            where the data set has ``with_label=False``. Of sequences of T frames, (N, T, C) or
+            (N, T). With ``main_only``, None on the other ranks.
 
         Raises:
             ValueError: If the config, the checkpoint and ``blocks`` do not go together, or if
@@ -305,7 +341,8 @@ class CachedFeatures:
             if rank == 0:
                 total = -(-len(indices) // batch_size)
                 batches = tell_progress(batches, total, f'{split}: batch')
-            own, unreadable = self._extract(preprocessor, batches, entry)
+            labelled = dataset_of(self.cfg, split).get('with_label') is not False
+            own, unreadable = self._extract(preprocessor, batches, entry, labelled)
             said = all_gather_object((own is not None, unreadable))
             unreadable = [x for _, some in said for x in some]
             if own and (rank or unreadable):
@@ -327,7 +364,11 @@ class CachedFeatures:
         return torch.from_numpy(rows.features), torch.from_numpy(rows.labels)
 
     def _extract(
-        self, preprocessor: nn.Module, batches: Iterable[ReadBatch], entry: '_Entry'
+        self,
+        preprocessor: nn.Module,
+        batches: Iterable[ReadBatch],
+        entry: '_Entry',
+        labelled: bool,
     ) -> tuple['_Rows | None', list[Unreadable]]:
         """Rows of images, and those that cannot be read; on an interruption rows are kept."""
         features, labels, places, unreadable = [], [], [], []
@@ -342,7 +383,8 @@ class CachedFeatures:
             for batch in batches:
                 unreadable += batch.unreadable
                 if batch.content is not None:
-                    some = extract_features(self.network, preprocessor, [batch.content])
+                    content = [batch.content]
+                    some = extract_features(self.network, preprocessor, content, labelled)
                     features.append(some[0])
                     labels.append(some[1])
                     places += batch.indices
@@ -365,6 +407,7 @@ class CachedFeatures:
         pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
         evaluation = self.cfg.evaluation
         network = [model.get('backbone'), evaluation.get('prefix'), self.blocks]
+        network += [] if self.layer is None else [self.layer]
         settings = [network, evaluation[split], pixels]
         digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
         if head is not None:

@@ -16,6 +16,7 @@ from mmengine.logging import HistoryBuffer
 
 from ser_mm import checkpoint
 from ser_mm.cli import main as command_line
+from tests.support.images import write_images
 from tests.support.paths import ROOT
 
 DEMO = 'demo/ser_mocov3'
@@ -74,6 +75,10 @@ def plant_demo(path):
         (folder / 'last_checkpoint').write_text(str((folder / 'epoch_1.pth').resolve()))
 
 
+def plant_images(path):
+    write_images(path.parent, 'images/a.png')
+
+
 def backbone_option(place):
     return [f'{place}.init_cfg.type=Pretrained', f'{place}.init_cfg.checkpoint=bad.pth']
 
@@ -102,7 +107,9 @@ ENTRIES = {
         ['equivariance', DEMO, 'bad.pth', '--images', '4', '--transformations', 'rot90'],
     ),
     'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
+    'embed': (plant_images, ['embed', DEMO, 'bad.pth', '--data', 'images', '--out', 'x.npy']),
     'export': (None, ['export', DEMO, 'bad.pth', 'out']),
+    'export to ONNX': (None, ['export', DEMO, 'bad.pth', 'out.onnx', '--to', 'onnx']),
     'pretrain': (None, ['pretrain', '--data', '.', '--out', '../out', '--weights', 'bad.pth']),
     'demo-detection': (plant_demo, ['demo-detection', '--pretrained', 'pretrained']),
 }

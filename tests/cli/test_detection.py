@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
+from mmcv.transforms import Compose
 from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS as DETECTORS
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from PIL import Image
 
@@ -247,7 +250,9 @@ def photographs(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_images_to_map_by_the_documented_commands(imagenet_tree, photographs, tmp_path):
+def test_from_images_to_map_by_the_documented_commands(
+    imagenet_tree, photographs, tmp_path, monkeypatch
+):
     places = {
         '/path/to/imagenet': str(imagenet_tree),
         '/path/to/coco': str(photographs),
@@ -275,6 +280,29 @@ def test_from_images_to_map_by_the_documented_commands(imagenet_tree, photograph
     )
     backbone = [key for key in end if key.startswith('backbone.')]
     assert backbone and all(torch.equal(start[key], end[key]) for key in backbone)
+
+    monkeypatch.chdir(tmp_path)
+    assert_python_of_the_page_detects(end, next((photographs / 'val2017').iterdir()))
+
+
+def assert_python_of_the_page_detects(weights, photo):
+    """As the config's own test data do; the photograph is stored on its side."""
+    shutil.copy(photo, 'photo.jpg')
+    text = (ROOT / 'docs' / 'howto' / 'detection.md').read_text()
+    block = re.search(r'```python\n(.*DetInferencer.*?)```', text, re.DOTALL)[1]
+    names: dict = {}
+    exec(block.replace('epoch_12', 'epoch_1'), names)
+    network, found = names['detect'].model, names['found']
+    assert_same_weights(network, weights)
+    assert list(Path('found', 'vis').iterdir())
+    cfg = Config.fromfile(f'{names["run"]}/mask-rcnn_vits16.py')
+    pipeline = Compose(cfg.test_dataloader.dataset.pipeline)
+    batch = pseudo_collate([pipeline(dict(img_path='photo.jpg', img_id=0))])
+    with torch.no_grad():
+        (expected,) = network.test_step(batch)
+    assert len(found['labels']) == len(expected.pred_instances.labels) > 0
+    for key in ('labels', 'scores', 'bboxes'):  # the same operations on the same numbers
+        assert torch.equal(torch.tensor(found[key]), expected.pred_instances[key])
 
 
 def in_shell(line, cwd):

@@ -62,7 +62,11 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     assert 'holds more than data' in found and 'run' not in capsys.readouterr().out.split()
 
 
-def test_without_timm_it_is_one_sentence(checkpoint, tmp_path, monkeypatch):
+def test_without_its_package_it_is_one_sentence(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
     found = run_command('export', 'demo/ser_mocov3', checkpoint, tmp_path / 'x')
     assert found.endswith("which is not installed: run `pip install 'ser_mm[timm]'`.")
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    found = run_command('export', 'demo/ser_mocov3', checkpoint, tmp_path / 'x', '--to', 'onnx')
+    assert found.endswith("which are not all installed: run `pip install 'ser_mm[onnx]'`.")
+    assert not (tmp_path / 'x').exists()

@@ -46,6 +46,13 @@ def test_folders_of_the_splits(tmp_path, val):
         assert list(names(tmp_path, split='val', hold_out=hold_out)) == [f'{val}/a/3.png']
 
 
+def test_all_images_whatever_folders_they_are_in(tmp_path):
+    files = ['train/a/1.png', 'train/a/2.png', 'val/a/3.png', 'test/4.png']
+    write_images(tmp_path, *files)
+    for hold_out in (False, True):
+        assert set(names(tmp_path, split='all', hold_out=hold_out)) == set(files)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     write_images(tmp_path, 'car/1.png', 'train/1.png')
     assert names(tmp_path, with_label=True) == {'car/1.png': 0, 'train/1.png': 1}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ser_mm.checkpoint import load_backbone
 from ser_mm.evaluation import Embedder
-from ser_mm.evaluation.conversion import to_timm
+from ser_mm.evaluation.conversion import to_onnx, to_timm
 from ser_mm.evaluation.export import data_config, export_backbone
 from tests.support.algorithms import BACKBONE
 from tests.support.exported import (
@@ -24,6 +24,7 @@ from tests.support.exported import (
     VIT,
     checkpoint,
     config,
+    feature,
     images,
     load,
 )
@@ -46,16 +47,75 @@ def test_programs_with_a_dynamic_batch(name, cls_layer, tmp_path):
         found = found if name == 'timm' else found[-1]
         expected = expected if name == 'timm' else expected[-1]
         torch.testing.assert_close(found, expected, **CLOSE)
-    pytest.importorskip('onnx')
+
+
+TIMM = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2)
+TWO_BLOCKS = dict(arch=dict(BACKBONE['arch'], num_layers=2))
+# Backbones by name, and whether they take RGB.
+NETWORKS = {
+    'late [CLS]': (VIT | TWO_BLOCKS | dict(cls_layer=1), True),
+    'plain ViT': (VIT | TWO_BLOCKS, False),
+    'ResNet': (dict(type='SERResNet', depth=18, stem_channels=8, base_channels=8), True),
+    'ViT of timm': (
+        dict(type='SERTimmViT', model='vit_tiny_patch16_224', model_args=TIMM, cls_layer=1),
+        True,
+    ),
+}
+# Sums of up to 576 products in float32, 20 in a row, if all their errors were of one sign.
+FLOAT32 = 576 * 20 * torch.finfo(torch.float32).eps / 2
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(x, marks=() if 'plain' in x or '[CLS]' in x else pytest.mark.slow)
+        for x in NETWORKS
+    ],
+)
+@torch.no_grad()
+def test_onnx_with_a_dynamic_batch(name, tmp_path):
+    pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
-    network, file = network.float(), str(tmp_path / 'network.onnx')
-    torch.onnx.export(network, (x.float(),), file, dynamic_shapes=({0: batch},), dynamo=True)
-    session = runtime.InferenceSession(file)
-    (feeds,) = session.get_inputs()
-    found = session.run(None, {feeds.name: others.float().numpy()})[0]
-    expected = network(others.float())
-    expected = expected if name == 'timm' else expected[-1]
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    backbone, to_rgb = NETWORKS[name]
+    cfg = config(dict(), to_rgb=to_rgb)
+    cfg.model.backbone = backbone
+    path, network = checkpoint(cfg, tmp_path)
+    usage = export_backbone(cfg, path, tmp_path / 'x.onnx', 'onnx')
+    assert sorted(x.name for x in tmp_path.iterdir()) == ['run.pth', 'x.onnx']
+    data = data_config(cfg, network)
+    rng = torch.Generator().manual_seed(1)
+    for count in (1, 5):
+        x = torch.randn(count, *data['input_size'], generator=rng)
+        names = dict(images=x.numpy())
+        exec(usage, names)
+        expected = feature(network, (x if to_rgb else x.flip(1)).double())
+        close = dict(rtol=0, atol=FLOAT32 * float(expected.abs().max()))
+        torch.testing.assert_close(torch.from_numpy(names['features']).double(), expected, **close)
+    assert names['data'] == data
+    (fed,) = runtime.InferenceSession(tmp_path / 'x.onnx').get_inputs()
+    assert fed.name == 'images' and fed.shape[1:] == data['input_size'] == [3, 32, 32]
+
+
+class Noisy(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(1) + torch.rand_like(x).flatten(1)
+
+
+class Chooses(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+
+def test_what_onnx_has_no_program_for_is_refused():
+    pytest.importorskip('onnxscript')
+    with pytest.raises(ValueError, match='Noisy has outputs that differ for 1 images, which ONNX'):
+        to_onnx(Noisy(), (3, 8, 8))
+    with pytest.raises(ValueError, match='Chooses has operations that torch cannot export'):
+        to_onnx(Chooses(), (3, 8, 8))
+    network = torch.nn.Linear(8, 1)
+    network.bias.data.fill_(float('nan'))
+    with pytest.raises(ValueError, match='bias of the checkpoint has values that are infinite'):
+        to_onnx(network, (3, 8, 8))
 
 
 @pytest.mark.parametrize('to_rgb', [True, False])
