@@ -101,6 +101,7 @@ ENTRIES = {
         None,
         ['equivariance', DEMO, 'bad.pth', '--images', '4', '--transformations', 'rot90'],
     ),
+    'dense': (None, ['dense', DEMO, 'bad.pth', '--images', '4', '--cfg-options', *TINY]),
     'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
     'export': (None, ['export', DEMO, 'bad.pth', 'out']),
     'pretrain': (None, ['pretrain', '--data', '.', '--out', '../out', '--weights', 'bad.pth']),
