@@ -1,6 +1,9 @@
-r"""Token maps of a frozen backbone: are places found again under known warps?
+r"""What the token maps of a frozen backbone are good for.
 
-ser-mm dense ser_mocov3_vits16 work_dirs/ser_mocov3_vits16/epoch_100.pth
+Correspondence of tokens under known warps, accuracy against angle, and how well the place of a
+token can be read from it, block by block:
+
+    ser-mm dense ser_mocov3_vits16 work_dirs/ser_mocov3_vits16/epoch_100.pth
 """
 
 import argparse
@@ -49,13 +52,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--blocks',
         nargs='+',
         type=positive(int),
-        help='blocks of a ViT, or stages of a ResNet, counted from 1 (default: all)',
+        help='blocks of a ViT, or stages of a ResNet, counted from 1 (default: all); not '
+        'of angle, which takes the final representation',
     )
     parser.add_argument(
         '--images',
         type=positive(int),
         default=200,
         help='validation images, at most (default: 200)',
+    )
+    parser.add_argument(
+        '--train-images',
+        type=positive(int),
+        default=5000,
+        help='training images, at most, of the probes of angle and position (default: 5000)',
     )
     parser.add_argument(
         '--step',
@@ -115,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = Config.fromfile(find_config(args.config))
-    labelled = False
-    splits = ['val']
+    labelled = 'angle' in args.measures
+    splits = ['train', 'val'] if {'angle', 'position'} & set(args.measures) else ['val']
     use_data(cfg, args, labelled, splits)
     set_options(cfg, args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     check_evaluation(cfg, splits, labelled)
     check_writable('--out', args.out)
-    names = ('images', 'step', 'affine', 'within', 'seed')
+    names = ('images', 'train_images', 'step', 'affine', 'within', 'seed')
     settings = {name: getattr(args, name) for name in names}
     found = measure_dense(
         cfg,

@@ -14,7 +14,7 @@ COMMANDS = {
     'probe': 'linear probe and k-NN of a frozen backbone',
     'robustness': 'ImageNet-C and ImageNet-P of a frozen backbone',
     'equivariance': 'how equivariant the token map of every block is: R2 and retrieval',
-    'dense': 'what token maps are good for: correspondence under known warps',
+    'dense': 'token maps under warps: correspondence, accuracy by angle, position by block',
     'tsne': 't-SNE of features, clean and corrupted',
     'export': 'write a backbone for timm, torchvision or plain MMPretrain',
     'cost': 'FLOPs, operators, parameters and time that SER adds to a training step',

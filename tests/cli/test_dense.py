@@ -31,3 +31,14 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys):
     assert 'name a file that ends in .json.' in capsys.readouterr().err
     found = run_command('dense', *run, '--blocks', 9, '--out', tmp_path / 'a.json')
     assert found.startswith('error: blocks=[9]: the network has 4') and '\n' not in found
+
+
+def test_images_without_labels(imagenet_tree, run, tmp_path):
+    """Labels are needed for accuracy only."""
+    (images,) = (path for path in imagenet_tree.glob('train/*') if path.name.endswith('1'))
+    options = ['--data', images, '--images', 2, '--step', 180, '--out', tmp_path / 'a.json']
+    found = run_command('dense', *run, *options)
+    assert found.startswith('error: --data') and 'labels are needed' in found
+    found = run_command('dense', *run, *options, '--measures', 'position', 'correspondence')
+    assert found is None
+    assert 'angle' not in json.loads((tmp_path / 'a.json').read_text())['results']

@@ -131,6 +131,9 @@ def test_photographs_are_found_by_what_no_turn_changes():
     scores = correspondence_by_layer(statistics, [photos()], {'0': [Warp(0)], **WARPS})
     assert scores['0'][0]['matched'] == scores['90'][0]['matched'] == 1
     assert scores['0'][0]['tokens'] == scores['90'][0]['tokens'] == 36
+    # Of 6 x 6 tokens, 4 have 3 within a token, themselves and 2, 16 have 4, and 16 have 5.
+    near = 4 * 3 + 16 * 4 + 16 * 5
+    assert scores['0'][0]['chance'] == scores['90'][0]['chance'] == pytest.approx(near / 36**2)
     for layers in scores.values():
         assert layers[0]['matched'] > 1.5 * layers[0]['wrong_image']
         assert layers[0]['matched'] > 1.5 * layers[0]['chance']

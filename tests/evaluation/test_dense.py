@@ -9,7 +9,7 @@ from ser_mm.evaluation.dense import MEASURES, measure_dense, report_dense, selec
 from tests.support.algorithms import RESNET
 from tests.support.probed import config
 
-SMALL = dict(images=4, step=45, affine=2)
+SMALL = dict(images=4, step=60, affine=1)
 
 
 def maps_of_three(images):
@@ -39,7 +39,7 @@ def test_correspondence_of_a_network(backbone, imagenet_tree):
     found = measure_dense(cfg, None, ['correspondence'], [1, 3], **SMALL)
     assert found['blocks'] == [1, 3]
     scores = found['correspondence']
-    assert list(scores) == ['0', '45', '90', '135', '180', '225', '270', '315', 'affine']
+    assert list(scores) == ['0', '60', '120', '180', '240', '300', 'affine']
     assert all(len(layers) == 2 for layers in scores.values())
     assert scores['0'][0]['matched'] == 1
     everything = measure_dense(cfg, None, ['correspondence'], **SMALL)['correspondence']
@@ -49,3 +49,19 @@ def test_correspondence_of_a_network(backbone, imagenet_tree):
     text = report_dense(json.loads(json.dumps(found)))
     assert '| wrong image, between ' in text and text.count('block 3') == 2
     assert set(MEASURES) >= set(found) - {'blocks'}
+
+
+@pytest.mark.parametrize('backbone', [None, dict(RESNET, depth=18)], ids=['vit', 'resnet'])
+def test_probes_of_a_network(backbone, imagenet_tree):
+    cfg = config(imagenet_tree)
+    if backbone:
+        cfg.model.algorithm.backbone = backbone
+    found = measure_dense(cfg, None, ['angle', 'position'], train_images=12, **SMALL)
+    assert list(found['angle']) == ['0', '60', '120', '180', '240', '300']
+    # Of 4 images a class each, and at 0 degrees nothing is sampled anew.
+    upright = found['angle']['0']
+    assert upright['chance'] == 0.25 and upright['knn'] == upright['knn_back']
+    assert len(found['position']['blocks']) == 4
+    assert found['position']['pixels']['r2'] < 1
+    text = report_dense(json.loads(json.dumps(found)))
+    assert '| mean, between ' in text and '| R2 of the row ' in text
