@@ -14,6 +14,7 @@ COMMANDS = {
     'probe': 'linear probe and k-NN of a frozen backbone',
     'robustness': 'ImageNet-C and ImageNet-P of a frozen backbone',
     'equivariance': 'how equivariant the token map of every block is: R2 and retrieval',
+    'dense': 'token maps under warps: correspondence, accuracy by angle, position by block',
     'tsne': 't-SNE of features, clean and corrupted',
     'embed': 'features of a folder of images, in one file',
     'export': 'write a backbone for timm, torchvision, plain MMPretrain or ONNX',

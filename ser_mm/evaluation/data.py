@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
@@ -148,11 +149,33 @@ def spaced_images(
     Raises:
         ValueError: If an image cannot be read; it is named.
     """
+    for batch in _spaced_batches(cfg, split, count, batch_size, num_workers):
+        yield batch['inputs']
+
+
+def spaced_labelled(
+    cfg: Config, split: str, count: int, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images of a data set as :func:`spaced_images` gives them, with their labels.
+
+    Yields:
+        tuple: Images, (N, 3, H, W), on the device, and labels, (N,), on the CPU.
+
+    Raises:
+        ValueError: If an image cannot be read; it is named.
+    """
+    for batch in _spaced_batches(cfg, split, count, batch_size, num_workers):
+        yield batch['inputs'], torch.tensor([int(x.gt_label) for x in batch['data_samples']])
+
+
+def _spaced_batches(
+    cfg: Config, split: str, count: int, batch_size: int, num_workers: int
+) -> Iterator[dict]:
     preprocessor, loader = build_loader(cfg, split, num_workers=num_workers)
     indices = spaced_indices(len(loader.dataset), count)
     for batch in read_batches(loader, indices, batch_size):
         refuse(split, batch.unreadable, len(indices))
-        yield preprocessor(batch.content)['inputs']
+        yield preprocessor(batch.content)
 
 
 def check_evaluation(

@@ -106,6 +106,7 @@ ENTRIES = {
         None,
         ['equivariance', DEMO, 'bad.pth', '--images', '4', '--transformations', 'rot90'],
     ),
+    'dense': (None, ['dense', DEMO, 'bad.pth', '--images', '4', '--cfg-options', *TINY]),
     'tsne': (None, ['tsne', DEMO, 'bad.pth', '--perplexity', '2', '--cfg-options', *TINY]),
     'embed': (plant_images, ['embed', DEMO, 'bad.pth', '--data', 'images', '--out', 'x.npy']),
     'export': (None, ['export', DEMO, 'bad.pth', 'out']),

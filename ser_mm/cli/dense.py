@@ -1,0 +1,152 @@
+r"""What the token maps of a frozen backbone are good for.
+
+Correspondence of tokens under known warps, accuracy against angle, and how well the place of a
+token can be read from it, block by block:
+
+    ser-mm dense ser_mocov3_vits16 work_dirs/ser_mocov3_vits16/epoch_100.pth
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from ser_mm.cli._arguments import (
+    CONFIG_HELP,
+    add_cfg_options,
+    add_data,
+    check_writable,
+    make_parser,
+    one_sentence,
+    place,
+    positive,
+    use_data,
+    workers,
+)
+from ser_mm.engine.configs import find_config
+from ser_mm.engine.options import set_options
+from ser_mm.evaluation.data import check_evaluation
+from ser_mm.evaluation.dense import MEASURES, measure_dense, report_dense
+from ser_mm.evaluation.results import write_results
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser('dense', __doc__)
+    parser.add_argument('config', help=f'{CONFIG_HELP}, with `evaluation`')
+    parser.add_argument(
+        'checkpoint', nargs='?', help='its weights (default: none, the untrained network)'
+    )
+    parser.add_argument(
+        '--measures',
+        nargs='+',
+        choices=MEASURES,
+        default=MEASURES,
+        help='what to measure (default: all)',
+    )
+    parser.add_argument(
+        '--blocks',
+        nargs='+',
+        type=positive(int),
+        help='blocks of a ViT, or stages of a ResNet, counted from 1 (default: all); not '
+        'of angle, which takes the final representation',
+    )
+    parser.add_argument(
+        '--images',
+        type=positive(int),
+        default=200,
+        help='validation images, at most (default: 200)',
+    )
+    parser.add_argument(
+        '--train-images',
+        type=positive(int),
+        default=5000,
+        help='training images, at most, of the probes of angle and position (default: 5000)',
+    )
+    parser.add_argument(
+        '--step',
+        type=positive(float),
+        default=15,
+        help='degrees between two angles, from 0 to 360 (default: 15)',
+    )
+    parser.add_argument(
+        '--affine',
+        type=positive(int),
+        default=8,
+        help='warps with scale and shift that are drawn, of correspondence (default: 8)',
+    )
+    parser.add_argument(
+        '--within',
+        type=positive(float),
+        default=1.0,
+        help='tokens that a match may be away from its place, of correspondence (default: 1)',
+    )
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='seed of an untrained network and of the warps that are drawn (default: 0)',
+    )
+    parser.add_argument(
+        '--batch-size', type=positive(int), default=64, help='images per step (default: 64)'
+    )
+    parser.add_argument(
+        '--num-workers',
+        type=workers,
+        default=0,
+        help='additional processes that read images (default: 0)',
+    )
+    parser.add_argument(
+        '--out',
+        type=place,
+        default=Path('work_dirs/dense.json'),
+        help='JSON file of the results; the tables are beside it in Markdown '
+        '(default: %(default)s)',
+    )
+    add_data(parser, 'to evaluate with')
+    add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.indices=100')
+    args = parser.parse_args(argv)
+    if args.out.suffix != '.json':
+        parser.error(f'--out {args.out}: name a file that ends in .json.')
+    return args
+
+
+@one_sentence()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write the JSON, print the tables.
+
+    Args:
+        argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
+    """
+    args = parse_args(argv)
+    MMLogger.get_current_instance().setLevel('WARNING')
+    cfg = Config.fromfile(find_config(args.config))
+    labelled = 'angle' in args.measures
+    splits = ['train', 'val'] if {'angle', 'position'} & set(args.measures) else ['val']
+    use_data(cfg, args, labelled, splits)
+    set_options(cfg, args.cfg_options)
+    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
+    check_evaluation(cfg, splits, labelled)
+    check_writable('--out', args.out)
+    names = ('images', 'train_images', 'step', 'affine', 'within', 'seed')
+    settings = {name: getattr(args, name) for name in names}
+    found = measure_dense(
+        cfg,
+        args.checkpoint,
+        args.measures,
+        args.blocks,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        **settings,
+    )
+    about = dict(config=args.config, checkpoint=args.checkpoint, torch=torch.__version__)
+    results = {**about, **settings, 'results': found}
+    write_results(args.out.parent, args.out.stem, results, report_dense(found))
+
+
+if __name__ == '__main__':
+    main()

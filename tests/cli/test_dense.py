@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from tests.support.command import run_command
+from tests.support.probed import config, write_checkpoint
+
+
+@pytest.fixture
+def run(imagenet_tree, tmp_path):
+    """Config and checkpoint of a tiny network."""
+    config(imagenet_tree).dump(tmp_path / 'config.py')
+    return tmp_path / 'config.py', write_checkpoint(tmp_path / 'epoch_1.pth')
+
+
+def test_results_are_written(run, tmp_path, capsys):
+    out = tmp_path / 'found' / 'a.json'
+    options = ['--images', 3, '--step', 90, '--affine', 1, '--blocks', 2, 4, '--out', out]
+    assert run_command('dense', *run, '--measures', 'correspondence', *options) is None
+    results = json.loads(out.read_text())
+    assert results['checkpoint'] == run[1] and results['step'] == 90
+    assert list(results['results']) == ['blocks', 'correspondence']
+    assert results['results']['blocks'] == [2, 4]
+    text = out.with_suffix('.md').read_text()
+    assert '| matched by angle | block 2 | block 4 |' in text
+    assert text in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence(run, tmp_path, capsys):
+    assert run_command('dense', *run, '--out', tmp_path) == 2
+    assert 'name a file that ends in .json.' in capsys.readouterr().err
+    found = run_command('dense', *run, '--blocks', 9, '--out', tmp_path / 'a.json')
+    assert found.startswith('error: blocks=[9]: the network has 4') and '\n' not in found
+
+
+def test_images_without_labels(imagenet_tree, run, tmp_path):
+    """Labels are needed for accuracy only."""
+    (images,) = (path for path in imagenet_tree.glob('train/*') if path.name.endswith('1'))
+    options = ['--data', images, '--images', 2, '--step', 180, '--out', tmp_path / 'a.json']
+    found = run_command('dense', *run, *options)
+    assert found.startswith('error: --data') and 'labels are needed' in found
+    found = run_command('dense', *run, *options, '--measures', 'position', 'correspondence')
+    assert found is None
+    assert 'angle' not in json.loads((tmp_path / 'a.json').read_text())['results']
