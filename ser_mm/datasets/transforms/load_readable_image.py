@@ -1,9 +1,11 @@
 import logging
+from collections.abc import Iterator
 from typing import Literal
 
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmpretrain.registry import TRANSFORMS
+from PIL import Image
 
 from ser_mm.arguments import checked
 
@@ -19,7 +21,12 @@ class LoadReadableImage(LoadImageFromFile):
     The data set then draws another image in its place, and stops with an error when it finds none
     (``max_refetch`` of its arguments). Arguments, keys and formats are those of mmcv's
     ``LoadImageFromFile``.
+
+    Where three channels of 8 bits are less than a PNG or TIFF holds, a warning says so, once for
+    each thing that is lost: more bits, which are cut off, transparency, or further pages.
     """
+
+    _told: frozenset[str] = frozenset()
 
     def transform(self, results: dict) -> dict | None:
         """Load ``img_path``.
@@ -30,12 +37,53 @@ class LoadReadableImage(LoadImageFromFile):
         Returns:
             dict | None: With ``img``, ``img_shape`` and ``ori_shape``; None for an unreadable file.
         """
+        path = results['img_path']
         try:
-            return super().transform(results)
+            loaded = super().transform(results)
         except Exception as error:
-            print_log(
-                f'Skipped an unreadable image, {results["img_path"]}: {error}',
-                logger='current',
-                level=logging.WARNING,
-            )
+            _warn(f'Skipped an unreadable image, {path}: {error}')
             return None
+        if self.color_type == 'color' and str(path).lower().endswith(('.png', '.tif', '.tiff')):
+            for kind, sentence in _lost(str(path)):
+                if kind not in self._told:
+                    self._told |= {kind}
+                    _warn(f'{path} {sentence}.')
+        return loaded
+
+
+def _warn(sentence: str) -> None:
+    print_log(sentence, logger='current', level=logging.WARNING)
+
+
+def _lost(path: str) -> Iterator[tuple[str, str]]:
+    """Kinds of what a file holds beyond three channels of 8 bits, and a sentence on each."""
+    try:
+        if path.lower().endswith('.png'):  # of which Pillow does not tell the bits
+            with open(path, 'rb') as file:
+                *_, bits, colour = file.read(26)
+            pages, alpha = 1, colour in (4, 6)
+        else:
+            with Image.open(path) as image:
+                bits = max(getattr(image, 'tag_v2', {}).get(258, (8,)))  # BitsPerSample
+                pages, alpha = getattr(image, 'n_frames', 1), 'A' in image.getbands()
+    except (OSError, ValueError):
+        return  # elsewhere than in a local file, or a TIFF that Pillow does not know
+    if bits > 8:
+        yield (
+            'bits',
+            f'has {bits} bits a channel, and the upper 8 of 16 are read, so that data of 12 bits '
+            'is next to black; stretch such images to 8 bits before, by '
+            "skimage.exposure.rescale_intensity(image, out_range='uint8'), say",
+        )
+    if alpha:
+        yield (
+            'alpha',
+            'has an alpha channel, which is left out, so that transparent parts show the '
+            'colour stored there; paint such images on a background before, if that matters',
+        )
+    if pages > 1:
+        yield (
+            'pages',
+            f'has {pages} pages, and the first is read; write the others to files of their own to '
+            'have them too',
+        )
