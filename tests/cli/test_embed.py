@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
 from ser_mm.engine.configs import find_config
@@ -20,6 +21,7 @@ CONFIG = 'demo/ser_mocov3'
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
+    init_default_scope('mmpretrain')  # not that of the test before
     model = MODELS.build(Config.fromfile(find_config(CONFIG)).model)
     path = tmp_path_factory.mktemp('network') / 'epoch_1.pth'
     torch.save(dict(state_dict=model.state_dict()), path)
