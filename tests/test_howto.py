@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from PIL import Image
 
@@ -29,6 +30,7 @@ def trained(tmp_path_factory):
     """What a run of the config leaves, and images."""
     folder = tmp_path_factory.mktemp('howto')
     torch.manual_seed(0)
+    init_default_scope('mmpretrain')  # not that of the test before
     model = MODELS.build(Config.fromfile(find_config(NAME)).model)
     model.init_weights()
     run = folder / 'work_dirs' / NAME
