@@ -1,8 +1,10 @@
 """Accuracy against angle: probes trained on upright images, and validation images that turn."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
 from ser_mm.evaluation.knn import knn_probe
@@ -45,7 +47,8 @@ def embed_in_disc(
         labels.append(own)
     if not labels:
         raise ValueError('embed_in_disc: batches has no image.')
-    return {name: torch.cat(parts) for name, parts in vectors.items()}, torch.cat(labels)
+    # One name at a time, without all parts beside all results.
+    return {name: torch.cat(vectors.pop(name)) for name in warps}, torch.cat(labels)
 
 
 def accuracy_by_angle(
@@ -78,7 +81,11 @@ def accuracy_by_angle(
         - ``knn`` and ``probe``: accuracies in [0, 1].
         - ``knn_back`` and ``probe_back``: those on images that are turned by the angle and back.
           They are upright, and sampled twice: what these lose, sampling costs and not the turn.
-        - ``chance``: what answering with the most frequent label gives.
+        - ``chance``: what answering with the most frequent label of the training images gives;
+          the mean of these, where several are.
+
+    Raises:
+        ValueError: If there is no image, or all training images are of one class.
     """
     warps = {}
     for angle in angles:
@@ -86,10 +93,26 @@ def accuracy_by_angle(
         warps[f'{angle:g} back'] = [Warp(angle), Warp(-angle)]
     known, known_labels = embed_in_disc(embed, train, {'upright': []})
     upright = known['upright']
+    if len(known_labels.unique()) < 2:
+        raise ValueError(
+            f'train: all {len(known_labels)} training images are of one class; take more of them '
+            '(train_images), or data of several classes.'
+        )
     vectors, labels = embed_in_disc(embed, val, warps)
     solver = solver or choose_solver(len(upright))
     classify = fit_classifier(upright, known_labels, solver=solver)
-    chance = float(labels.bincount().max()) / len(labels)
+    classes = int(torch.cat([labels, known_labels]).max()) + 1
+    known_counts = known_labels.bincount(minlength=classes)
+    share = labels.bincount(minlength=classes).double() / len(labels)
+    chance = float(share[known_counts == known_counts.max()].mean())
+    unseen = float(share[known_counts == 0].sum())
+    if unseen:
+        print_log(
+            f'{unseen:.0%} of the validation images are of classes that no training image is of, '
+            'and cannot be right; take more training images.',
+            'current',
+            logging.WARNING,
+        )
     found: dict[str, dict[str, float]] = {}
     for angle in angles:
         entry = found[f'{angle:g}'] = {}

@@ -66,6 +66,11 @@ def select_maps(
                 f'a block gives {odd}, not a token map (N, C, h, w); use a network with maps, '
                 "out_type='featmap' where it has an out_type."
             )
+        if not all(f.isfinite().all() for f in maps):
+            raise ValueError(
+                'a block gives numbers that are not finite; the training of this checkpoint has '
+                'diverged, so take an earlier one.'
+            )
         return maps
 
     return select
@@ -105,7 +110,8 @@ def measure_dense(
         seed (int): Of the untrained network and of what is drawn. Defaults to 0.
 
     Returns:
-        dict[str, Any]: ``blocks``, the numbers of the blocks, and by measure:
+        dict[str, Any]: ``blocks``, the numbers of the blocks, none for 'angle' alone, and by
+        measure:
 
         - ``correspondence``: see
           :func:`~ser_mm.evaluation.correspondence.correspondence_by_layer`, by angle and for
@@ -122,10 +128,12 @@ def measure_dense(
     check_measures(measures)
     set_random_seed(seed)
     network = Embedder(cfg, checkpoint)
-    found: dict[str, Any] = {}
-
+    found: dict[str, Any] = dict(blocks=[])
     reading = dict(batch_size=batch_size, num_workers=num_workers)
-
+    if set(measures) - {'angle'}:  # what cannot be measured is told before what takes long
+        with token_maps_of(network.backbone) as all_maps:
+            maps = select_maps(all_maps, blocks)(next(spaced_images(cfg, 'val', 1)))
+        found['blocks'] = list(blocks or range(1, len(maps) + 1))
     if 'angle' in measures:
         train = spaced_labelled(cfg, 'train', train_images, **reading)
         val = spaced_labelled(cfg, 'val', images, **reading)
@@ -133,8 +141,6 @@ def measure_dense(
         found['angle'] = accuracy_by_angle(network, train, val, angles)
     with token_maps_of(network.backbone) as all_maps:
         token_maps = select_maps(all_maps, blocks)
-        maps = token_maps(next(spaced_images(cfg, 'val', 1)))
-        found['blocks'] = list(blocks or range(1, len(maps) + 1))
         if 'correspondence' in measures:
             warps = rotations(step) | ({AFFINE: draw_warps(affine, seed=seed)} if affine else {})
             val = spaced_images(cfg, 'val', images, **reading)
@@ -142,7 +148,7 @@ def measure_dense(
         if 'position' in measures:
             train = spaced_images(cfg, 'train', train_images, **reading)
             val = spaced_images(cfg, 'val', images, **reading)
-            found['position'] = _position(token_maps, len(maps), train, val)
+            found['position'] = _position(token_maps, len(found['blocks']), train, val)
     return found
 
 

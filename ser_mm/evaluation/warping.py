@@ -169,10 +169,19 @@ def disc(size: Sequence[int], margin: float = 2) -> Tensor:
     Args:
         size (Sequence[int]): Height and width of the image.
         margin (float): Pixels between the disc and the nearest border: as far as bicubic sampling
-            reaches, so that no turned image shows a reflection in it. Defaults to 2.
+            reaches, so that no image that is turned once shows a reflection in it. Defaults to 2.
 
     Returns:
         Tensor: 1 inside and 0 outside, (H, W).
+
+    Raises:
+        ValueError: If nothing is inside.
     """
     radius = min(size) / 2 - margin
-    return (cell_centres(size, size).norm(dim=1) <= radius).float().view(*size)
+    inside = (cell_centres(size, size).norm(dim=1) <= radius).float().view(*size)
+    if not inside.any():
+        raise ValueError(
+            f'images of {size[0]} x {size[1]} pixels hold no disc {margin:g} pixels from their '
+            'border; take larger images.'
+        )
+    return inside

@@ -26,7 +26,8 @@ def test_results_are_written(run, tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
-def test_mistakes_are_one_sentence(run, tmp_path, capsys):
+def test_mistakes_are_one_sentence(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('ser_mm.evaluation.dense.accuracy_by_angle', None)  # that takes longest
     assert run_command('dense', *run, '--out', tmp_path) == 2
     assert 'name a file that ends in .json.' in capsys.readouterr().err
     found = run_command('dense', *run, '--blocks', 9, '--out', tmp_path / 'a.json')

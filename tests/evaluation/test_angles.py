@@ -5,6 +5,7 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from ser_mm.evaluation.angles import accuracy_by_angle, embed_in_disc
 from ser_mm.evaluation.warping import Warp, disc
@@ -88,3 +89,23 @@ def test_angle_cannot_be_told_from_what_is_outside():
         torch.testing.assert_close(one[name], vectors)
     with pytest.raises(ValueError, match='batches has no image'):
         embed_in_disc(thumbnails, [], warps)
+
+
+def test_training_images_that_cannot_teach(monkeypatch):
+    """One class is refused before the validation images; classes that lack are told."""
+    images, flat = torch.rand(4, 3, 16, 16), nn.Flatten()
+    with pytest.raises(ValueError, match='all 4 training images are of one class; take more'):
+        accuracy_by_angle(flat, [(images, torch.full((4,), 3))], iter(()), [0])
+    told = []
+    monkeypatch.setattr(
+        'ser_mm.evaluation.angles.print_log', lambda text, *_: told.append(text.split(' of ')[0])
+    )
+    train, val = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 2])
+    found = accuracy_by_angle(flat, [(images, train)], [(images, val)], [0], k=1)
+    assert found['0']['chance'] == 0.25  # 0 or 1
+    assert told == ['50%']
+
+
+def test_images_without_a_disc():
+    with pytest.raises(ValueError, match='images of 4 x 9 pixels hold no disc'):
+        disc((4, 9))
