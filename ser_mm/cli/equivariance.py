@@ -127,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (config, checkpoint) in zip(args.names, args.pairs, strict=True):
         before = start_of(cfgs[config])
         before = f'{before}, {Path(config).stem}' if len(cfgs) > 1 else before
+        while before in args.names:  # a folder may be called weights, too
+            before = f'{before} at the start'
         networks.setdefault(before, (config, None))
         networks[name] = (config, checkpoint)
 

@@ -89,9 +89,18 @@ def start_of(cfg: Config) -> str:
     Args:
         cfg (Config): Config of a run.
     """
+    return 'weights' if weights_of(cfg) else 'untrained'
+
+
+def weights_of(cfg: Config) -> list[str]:
+    """Checkpoints that the backbone of a config starts from.
+
+    Args:
+        cfg (Config): Config of a run.
+    """
     given = (cfg.model.get('algorithm') or cfg.model).backbone.get('init_cfg') or ()
     given = given if isinstance(given, list | tuple) else [given]
-    return 'weights' if any(x.get('checkpoint') for x in given) else 'untrained'
+    return [x['checkpoint'] for x in given if x.get('checkpoint')]
 
 
 @contextmanager

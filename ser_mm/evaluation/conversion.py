@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,8 +178,12 @@ def to_onnx(network: nn.Module, size: Sequence[int]) -> Any:
 
 def _timm_itself(backbone: SERTimmViT | SERTimmStages) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of what a backbone was built from, or of its late variant."""
-    name = backbone.model.partition('.')[0]
-    arguments = dict(backbone.model_args)
+    name, arguments = backbone.model.partition('.')[0], dict(backbone.model_args)
+    if backbone.model.startswith('local-dir:'):
+        saved = json.loads(Path(backbone.model.partition(':')[2], 'config.json').read_text())
+        name = saved['architecture'].partition('.')[0]
+        arguments = {**saved.get('model_args', {}), **arguments}
+        arguments.pop('num_classes', None)
     try:
         json.dumps(arguments)
     except TypeError as error:

@@ -78,6 +78,11 @@ def embed_folder(
             f'{cfg.filename} does not say how images are prepared; set evaluation.val to a data '
             'set with a pipeline.'
         )
+    if not str(pipeline[0]['type']).rpartition('.')[2].startswith('Load'):
+        raise ValueError(
+            f'{cfg.filename} prepares images that are in memory, by {pipeline[0]["type"]}; set '
+            'evaluation.val to a data set whose pipeline begins with LoadImageFromFile.'
+        )
     place = Path(data).expanduser().absolute()
     dataset = dict(
         type='mmpretrain.ImageSource', data_root=str(place), split='all', with_label=False

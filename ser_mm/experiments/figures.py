@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
-from ser_mm.evaluation.backbone import token_maps_of
+from ser_mm.evaluation.backbone import token_maps_of, weights_of
 from ser_mm.evaluation.data import build_loader, dataset_of, spaced_images
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import CachedFeatures, stamp_images
@@ -132,6 +132,8 @@ def _about(cfg: Config, checkpoint: str | None, images: int, solver: str | None)
         content = Path(checkpoint).read_bytes()
     else:
         content = repr(cfg.randomness).encode()
+        for weights in weights_of(cfg):  # which may be others under the same name
+            content += Path(weights).read_bytes() if Path(weights).is_file() else b''
     settings = repr((cfg.evaluation, cfg.model, cfg.get('data_preprocessor')))
     about = dict(
         checkpoint=hashlib.sha256(content).hexdigest(),

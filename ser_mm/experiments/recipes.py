@@ -234,6 +234,11 @@ def _of_timm(model: str, image_size: int) -> dict[str, Any]:
             ) from error
         channels = MODELS.build(dict(config)).feature_channels
         return dict(config, config='r50', channels=channels, stride=built.token_map_stride)
+    if built.num_layers < 4:
+        raise ValueError(
+            f'--model {model} has {built.num_layers} blocks, and SER is on the third; choose a '
+            'network of four or more.'
+        )
     width, stride = built.embed_dims, built.token_map_stride
     return dict(config, config='vits16', channels=width, stride=stride)
 

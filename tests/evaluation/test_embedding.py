@@ -189,6 +189,13 @@ def test_files_that_cannot_be_written_are_told_first(folder, cfg, tmp_path, monk
     refusal(ImportError, 'x.parquet', 'needs pyarrow, which is not installed: run `pip install')
 
 
+def test_a_config_of_images_in_memory_is_refused(folder, cfg, tmp_path):
+    """As those of MMPretrain for CIFAR; it was a KeyError."""
+    cfg.evaluation.val.pipeline = [dict(type='PackInputs')]
+    with pytest.raises(ValueError, match='images that are in memory, by PackInputs; set eval'):
+        embed_folder(cfg, None, folder, tmp_path / 'x.npy', cache_dir=tmp_path / 'c')
+
+
 def test_names_that_a_format_cannot_hold():
     odd = ['a.png', os.fsdecode(b'\xff.png')]
     check_names('x.npy', odd)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from mmpretrain.registry import DATASETS
 
 from ser_mm.experiments.figures import evaluate, read_figures, turned
@@ -68,3 +69,18 @@ def test_turned_images_are_those_of_validation_moved(run):
     assert moved > len(datasets[0]) / 2
     found = evaluate(cfg, checkpoint, images=4)
     assert all(0 <= found[key] <= 1 for key in ('probe', 'probe_turned', 'knn'))
+
+
+def test_other_weights_under_the_same_name_are_noticed(run):
+    """Figures at the start stayed those of the first weights."""
+    cfg, checkpoint, file = run
+    algorithm = cfg.model.get('algorithm') or cfg.model
+    options = dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')
+    algorithm.backbone.init_cfg = options
+    before = evaluate(cfg, None, images=4)
+    weights = torch.load(checkpoint, weights_only=True)
+    for name, value in weights['state_dict'].items():
+        if name.endswith('proj.weight'):
+            value.normal_()
+    torch.save(weights, checkpoint)
+    assert evaluate(cfg, None, images=4)['layers'] != before['layers']

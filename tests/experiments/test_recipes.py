@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 from safetensors.torch import save_file
 
 from ser_mm.evaluation.backbone import build_model
+from ser_mm.evaluation.conversion import to_timm
 from ser_mm.evaluation.data import build_preprocessor
 from ser_mm.experiments.recipes import BACKBONES, choose_batch_size, pretraining_config
 from tests.support.foreign import FOREIGN
@@ -74,18 +75,20 @@ def saved_by_timm(folder, **arguments):
 @pytest.mark.parametrize('layout', ['timm', 'MoCo v3', 'DINO', 'DINOv2'])
 def test_weights_of_any_layout_and_a_network_that_timm_saved(images, tmp_path, monkeypatch, layout):
     more = dict(init_values=1e-5) if layout == 'DINOv2' else {}
-    theirs = saved_by_timm(tmp_path / 'network', **more)
+    theirs = saved_by_timm(tmp_path / 'network v1.0', **more)
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = theirs.eval()(pixels)
     torch.save(FOREIGN[layout](theirs), tmp_path / 'weights.pth')
     monkeypatch.chdir(tmp_path)
-    cfg = config(images, tmp_path, model='timm/local-dir:network', weights='weights.pth')
+    cfg = config(images, tmp_path, model='timm/local-dir:network v1.0', weights='weights.pth')
     monkeypatch.chdir('/')  # where the run goes on does not matter
     backbone = MODELS.build(cfg.model.algorithm.backbone)
     backbone.init_weights()
     with torch.no_grad():
         torch.testing.assert_close(backbone.eval()(pixels)[-1], expected, rtol=0, atol=1e-4)
+        exported, *_ = to_timm(backbone)  # as the run does at its end
+        torch.testing.assert_close(exported.eval()(pixels), expected, rtol=0, atol=1e-4)
 
 
 def test_weights_of_timm_get_the_pixels_that_they_know(images, tmp_path):
@@ -167,3 +170,10 @@ def test_networks_of_timm_have_the_recipe(images, tmp_path):
     assert [x.get('stop_grad_conv1', False) for x in ours] == [x.stop_grad_conv1 for x in theirs]
     rates = [x.model_args.drop_path_rate for x in theirs]
     assert [x.get('drop_path_rate', 0.0) for x in ours] == rates == [0.0, 0.1]
+
+
+def test_a_network_without_a_block_for_ser_is_refused(images, tmp_path):
+    """It was called weights that do not fit, which no other weights would mend."""
+    saved_by_timm(tmp_path / 'network', depth=3)
+    with pytest.raises(ValueError, match='network has 3 blocks, and SER is on the third; choose'):
+        config(images, tmp_path, model=f'timm/local-dir:{tmp_path / "network"}')
