@@ -1,4 +1,4 @@
-"""Peak memory of many training steps on a CPU, with SER beside its baseline.
+"""Peak memory and time of many training steps on a CPU, with SER beside its baseline.
 
 SER's b2 has another size in every batch, and what an allocator makes of that shows after many steps
 only. Each variant runs in a process of its own, one after the other; a variant whose figures are
@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -44,17 +45,19 @@ def memory(key: str) -> float:
 
 
 def run(name: str, args: argparse.Namespace) -> dict:
-    """Train; peak memory, and memory after every tenth step, in MiB."""
+    """Train; memory in MiB, at the peak and after every tenth step, and seconds a step."""
     prepare()
     step = TrainingStep(config(name, args.bfloat16), args.batch_size, args.equi_ratio)
     torch.manual_seed(1)
-    start, readings = memory('VmRSS'), []
+    start, readings, began = memory('VmRSS'), [], time.perf_counter()
     for i in range(args.steps):
         step.model.train_step(step.batch, step.optim_wrapper)  # a new grid of b2 in each
         if (i + 1) % EVERY == 0:
             readings.append(memory('VmRSS'))
             print(f'{name}: step {i + 1}, {readings[-1]:.0f} MiB', file=sys.stderr, flush=True)
-    return dict(start=start, peak=memory('VmHWM'), every=EVERY, readings=readings)
+    seconds = (time.perf_counter() - began) / args.steps
+    peak = memory('VmHWM')
+    return dict(start=start, peak=peak, seconds=seconds, every=EVERY, readings=readings)
 
 
 def main() -> None:
@@ -90,10 +93,16 @@ def main() -> None:
         rows[name]['ratio'] = rows[name]['peak'] / rows['baseline']['peak']
     report(args.out, about, rows)
     table = [
-        [name, f'{row["start"]:.0f}', f'{row["peak"]:.0f}', f'{row["ratio"]:.3f}x']
+        [
+            name,
+            f'{row["start"]:.0f}',
+            f'{row["peak"]:.0f}',
+            f'{row["ratio"]:.3f}x',
+            f'{row["seconds"]:.2f}',
+        ]
         for name, row in rows.items()
     ]
-    print(make_table(['', 'MiB at start', 'MiB at the peak', 'ratio'], table))
+    print(make_table(['', 'MiB at start', 'MiB at the peak', 'ratio', 's / step'], table))
 
 
 if __name__ == '__main__':

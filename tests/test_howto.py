@@ -6,15 +6,12 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmpretrain.registry import MODELS
 from PIL import Image
 
-from ser_mm.engine.configs import find_config
 from ser_mm.evaluation import build_backbone
 from tests.support.command import run_command
 from tests.support.paths import ROOT
+from tests.support.probed import write_untrained
 
 pytestmark = pytest.mark.slow  # by the size of the network
 
@@ -29,13 +26,9 @@ CLOSE = dict(rtol=0, atol=1536 * 4 * 12 * torch.finfo(torch.float32).eps / 2)
 def trained(tmp_path_factory):
     """What a run of the config leaves, and images."""
     folder = tmp_path_factory.mktemp('howto')
-    torch.manual_seed(0)
-    init_default_scope('mmpretrain')  # not that of the test before
-    model = MODELS.build(Config.fromfile(find_config(NAME)).model)
-    model.init_weights()
     run = folder / 'work_dirs' / NAME
     run.mkdir(parents=True)
-    torch.save(dict(state_dict=model.state_dict()), run / 'epoch_100.pth')
+    write_untrained(NAME, run / 'epoch_100.pth')
     rng = np.random.default_rng(0)
     (folder / 'my images').mkdir()
     for name in ('a.jpg', 'b.jpg', 'my images/a.jpg', 'my images/b.jpg'):

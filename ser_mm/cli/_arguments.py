@@ -234,11 +234,20 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path('work_dirs/features'),
         help='folder of features that were extracted before (default: %(default)s)',
     )
+    add_reading(parser, 256, 'images per step and process')
+    add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.indices=100')
+    add_launcher(parser)
+
+
+def add_reading(
+    parser: argparse.ArgumentParser, batch_size: int = 64, what: str = 'images per step'
+) -> None:
+    """Add how images are read: how many at one time, and by how many processes."""
     parser.add_argument(
         '--batch-size',
         type=positive(int),
-        default=256,
-        help='images per step and process (default: 256)',
+        default=batch_size,
+        help=f'{what} (default: {batch_size})',
     )
     parser.add_argument(
         '--num-workers',
@@ -246,8 +255,6 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help='additional processes that read images (default: 0)',
     )
-    add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.indices=100')
-    add_launcher(parser)
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,13 +19,13 @@ from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_cfg_options,
     add_data,
+    add_reading,
     check_writable,
     make_parser,
     one_sentence,
     place,
     positive,
     use_data,
-    workers,
 )
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import set_options
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='what to measure (default: all)',
     )
     parser.add_argument(
-        '--blocks',
+        '--layers',
         nargs='+',
         type=positive(int),
         help='blocks of a ViT, or stages of a ResNet, counted from 1 (default: all); not '
@@ -91,15 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=0,
         help='seed of an untrained network and of the warps that are drawn (default: 0)',
     )
-    parser.add_argument(
-        '--batch-size', type=positive(int), default=64, help='images per step (default: 64)'
-    )
-    parser.add_argument(
-        '--num-workers',
-        type=workers,
-        default=0,
-        help='additional processes that read images (default: 0)',
-    )
+    add_reading(parser)
     parser.add_argument(
         '--out',
         type=place,
@@ -138,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg,
         args.checkpoint,
         args.measures,
-        args.blocks,
+        args.layers,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         **settings,

@@ -18,13 +18,13 @@ from mmengine.runner import set_random_seed
 from ser_mm.cli._arguments import (
     add_cfg_options,
     add_data,
+    add_reading,
     check_writable,
     make_parser,
     one_sentence,
     place,
     positive,
     use_data,
-    workers,
 )
 from ser_mm.engine.configs import find_config, is_config
 from ser_mm.engine.options import set_options
@@ -61,15 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=500,
         help='validation images, at most (default: 500)',
     )
-    parser.add_argument(
-        '--batch-size', type=positive(int), default=64, help='images per step (default: 64)'
-    )
-    parser.add_argument(
-        '--num-workers',
-        type=workers,
-        default=0,
-        help='additional processes that read images (default: 0)',
-    )
+    add_reading(parser)
     parser.add_argument(
         '--transformations',
         nargs='+',

@@ -103,6 +103,23 @@ def weights_of(cfg: Config) -> list[str]:
     return [x['checkpoint'] for x in given if x.get('checkpoint')]
 
 
+def map_options(backbone: nn.Module) -> dict[str, Any]:
+    """Attributes by which a backbone gives the token map after every block or stage.
+
+    Args:
+        backbone (nn.Module): Of MMPretrain.
+
+    Returns:
+        dict[str, Any]: Their values; none if it is no ViT and no ResNet.
+    """
+    if hasattr(backbone, 'out_type') and hasattr(backbone, 'num_layers'):
+        return dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
+    if not isinstance(backbone, ResNet):
+        return {}
+    options: dict[str, Any] = dict(out_indices=tuple(range(backbone.num_stages)))
+    return options | (dict(out_type='featmap') if hasattr(backbone, 'out_type') else {})
+
+
 @contextmanager
 def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tensor, ...]]]:
     """Let a backbone give the token map after every block, and leave it as it was.
@@ -114,13 +131,7 @@ def token_maps_of(backbone: nn.Module) -> Iterator[Callable[[Tensor], tuple[Tens
     Yields:
         Callable: Maps images (N, 3, H, W) to a tuple of maps (N, C, h, w), in eval mode.
     """
-    options: dict[str, Any] = {}
-    if hasattr(backbone, 'out_type') and hasattr(backbone, 'num_layers'):
-        options = dict(out_indices=tuple(range(backbone.num_layers)), out_type='featmap')
-    elif isinstance(backbone, ResNet):
-        options = dict(out_indices=tuple(range(backbone.num_stages)))
-        if hasattr(backbone, 'out_type'):
-            options.update(out_type='featmap')
+    options = map_options(backbone)
     before = {name: getattr(backbone, name) for name in options}
     modes = [(module, module.training) for module in backbone.modules()]
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ser_mm.datasets.image_source import class_folders, part_of
 from ser_mm.engine.checks import check_dataset
 from ser_mm.engine.images import check_labels
 from ser_mm.evaluation.reading import read_batches, refuse
+from ser_mm.progress import tell_progress
 
 
 def dataset_of(cfg: Config, split: str) -> dict:
@@ -173,7 +175,10 @@ def _spaced_batches(
 ) -> Iterator[dict]:
     preprocessor, loader = build_loader(cfg, split, num_workers=num_workers)
     indices = spaced_indices(len(loader.dataset), count)
-    for batch in read_batches(loader, indices, batch_size):
+    batches = read_batches(loader, indices, batch_size)
+    if is_main_process():
+        batches = tell_progress(batches, -(-len(indices) // batch_size), f'{split}: batch')
+    for batch in batches:
         refuse(split, batch.unreadable, len(indices))
         yield preprocessor(batch.content)
 

@@ -37,13 +37,13 @@ def check_measures(measures: Sequence[str]) -> None:
 
 
 def select_maps(
-    token_maps: Callable[[Tensor], Sequence[Tensor]], blocks: Sequence[int] | None = None
+    token_maps: Callable[[Tensor], Sequence[Tensor]], layers: Sequence[int] | None = None
 ) -> Callable[[Tensor], list[Tensor]]:
     """Some of the token maps of a network, checked.
 
     Args:
         token_maps (Callable): See :func:`~ser_mm.evaluation.token_maps_of`.
-        blocks (Sequence[int], optional): Blocks of a ViT, or stages of a ResNet, counted from 1.
+        layers (Sequence[int], optional): Blocks of a ViT, or stages of a ResNet, counted from 1.
             Defaults to None: all.
 
     Returns:
@@ -53,13 +53,13 @@ def select_maps(
 
     def select(images: Tensor) -> list[Tensor]:
         maps = list(token_maps(images))
-        missing = [i for i in blocks or () if not 1 <= i <= len(maps)]
+        missing = [i for i in layers or () if not 1 <= i <= len(maps)]
         if missing:
             raise ValueError(
-                f'blocks={list(blocks or ())}: the network has {len(maps)}, counted from 1; leave '
+                f'layers={list(layers or ())}: the network has {len(maps)}, counted from 1; leave '
                 f'out {missing[0]}.'
             )
-        maps = [maps[i - 1] for i in blocks] if blocks else maps
+        maps = [maps[i - 1] for i in layers] if layers else maps
         odd = next((tuple(f.shape) for f in maps if f.ndim != 4), None)
         if odd:
             raise ValueError(
@@ -80,7 +80,7 @@ def measure_dense(
     cfg: Config,
     checkpoint: str | None,
     measures: Sequence[str] = MEASURES,
-    blocks: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
     images: int = 200,
     train_images: int = 5000,
     step: float = 15,
@@ -96,7 +96,7 @@ def measure_dense(
         cfg (Config): Config of a run, with ``evaluation``.
         checkpoint (str, optional): Its weights. None for the untrained network.
         measures (Sequence[str]): Of ``MEASURES``, all by default.
-        blocks (Sequence[int], optional): Blocks of a ViT or stages of a ResNet, counted from 1.
+        layers (Sequence[int], optional): Blocks of a ViT or stages of a ResNet, counted from 1.
             Defaults to None: all. 'angle' looks at the final representation.
         images (int): Validation images, at most, at equal distances. Defaults to 200.
         train_images (int): Training images, likewise, of 'angle' and 'position'. Defaults to 5000.
@@ -110,14 +110,14 @@ def measure_dense(
         seed (int): Of the untrained network and of what is drawn. Defaults to 0.
 
     Returns:
-        dict[str, Any]: ``blocks``, the numbers of the blocks, none for 'angle' alone, and by
+        dict[str, Any]: ``layers``, the numbers of the blocks, none for 'angle' alone, and by
         measure:
 
         - ``correspondence``: see
           :func:`~ser_mm.evaluation.correspondence.correspondence_by_layer`, by angle and for
           'affine', all drawn warps together.
         - ``angle``: see :func:`~ser_mm.evaluation.angles.accuracy_by_angle`.
-        - ``position``: ``blocks``, see :func:`~ser_mm.evaluation.positions.position_by_layer`, and
+        - ``position``: ``layers``, see :func:`~ser_mm.evaluation.positions.position_by_layer`, and
           ``pixels``, the same of the pixels of the patches of the first block; None where these
           are no squares of up to 32 pixels.
 
@@ -128,27 +128,30 @@ def measure_dense(
     check_measures(measures)
     set_random_seed(seed)
     network = Embedder(cfg, checkpoint)
-    found: dict[str, Any] = dict(blocks=[])
+    found: dict[str, Any] = dict(layers=[])
     reading = dict(batch_size=batch_size, num_workers=num_workers)
     if set(measures) - {'angle'}:  # what cannot be measured is told before what takes long
         with token_maps_of(network.backbone) as all_maps:
-            maps = select_maps(all_maps, blocks)(next(spaced_images(cfg, 'val', 1)))
-        found['blocks'] = list(blocks or range(1, len(maps) + 1))
+            maps = select_maps(all_maps, layers)(next(spaced_images(cfg, 'val', 1)))
+        found['layers'] = list(layers or range(1, len(maps) + 1))
     if 'angle' in measures:
+        print('accuracy against angle', flush=True)
         train = spaced_labelled(cfg, 'train', train_images, **reading)
         val = spaced_labelled(cfg, 'val', images, **reading)
         angles = [some[0].angle for some in rotations(step).values()]
         found['angle'] = accuracy_by_angle(network, train, val, angles)
     with token_maps_of(network.backbone) as all_maps:
-        token_maps = select_maps(all_maps, blocks)
+        token_maps = select_maps(all_maps, layers)
         if 'correspondence' in measures:
+            print('correspondence', flush=True)
             warps = rotations(step) | ({AFFINE: draw_warps(affine, seed=seed)} if affine else {})
             val = spaced_images(cfg, 'val', images, **reading)
             found['correspondence'] = correspondence_by_layer(token_maps, val, warps, within)
         if 'position' in measures:
+            print('position probe', flush=True)
             train = spaced_images(cfg, 'train', train_images, **reading)
             val = spaced_images(cfg, 'val', images, **reading)
-            found['position'] = _position(token_maps, len(found['blocks']), train, val)
+            found['position'] = _position(token_maps, len(found['layers']), train, val)
     return found
 
 
@@ -166,7 +169,7 @@ def _position(
         return maps if pixels is None else [*maps, pixels]
 
     scores = position_by_layer(with_pixels, train, val)
-    return dict(blocks=scores[:depth], pixels=scores[depth] if scores[depth:] else None)
+    return dict(layers=scores[:depth], pixels=scores[depth] if scores[depth:] else None)
 
 
 def report_dense(results: dict[str, Any]) -> str:
@@ -175,7 +178,7 @@ def report_dense(results: dict[str, Any]) -> str:
     Args:
         results (dict): Its measures.
     """
-    header = [f'block {i}' for i in results['blocks']]
+    header = [f'block {i}' for i in results['layers']]
     tables = []
     if 'correspondence' in results:
         tables += _report_correspondence(results['correspondence'], header)
@@ -224,7 +227,7 @@ def _report_position(scores: dict[str, Any], header: list[str]) -> str:
     titles = dict(r2='R2', row='R2 of the row', column='R2 of the column')
     pixels = scores['pixels'] or dict.fromkeys(titles, math.nan)
     rows = [
-        [title, *(layer[key] for layer in scores['blocks']), pixels[key]]
+        [title, *(layer[key] for layer in scores['layers']), pixels[key]]
         for key, title in titles.items()
     ]
     return make_table(['position', *header, 'pixels'], rows)

@@ -25,11 +25,11 @@ from mmengine.dist import (
     broadcast_object_list,
     get_dist_info,
 )
-from mmpretrain.models.backbones import ResNet, VisionTransformer
+from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
-from ser_mm.evaluation.backbone import as_config, build_backbone
+from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
 from ser_mm.files import read_kept, replacing
@@ -147,18 +147,17 @@ class Embedder(nn.Module):
 
     def _give_map(self, layer: int) -> None:
         """Let the backbone give the map after a layer."""
-        name = 'num_stages' if isinstance(self.backbone, ResNet) else 'num_layers'
-        depth = getattr(self.backbone, name, None)
-        if not isinstance(self.backbone, ResNet | VisionTransformer) or depth is None:
+        options = map_options(self.backbone)
+        if not options:
             raise ValueError(
                 f'layer={layer}: maps are given by ViTs and ResNets, and this is '
                 f'{type(self.backbone).__name__}; leave it out.'
             )
+        depth = len(options['out_indices'])
         if not 1 <= layer <= depth:
             raise ValueError(f'layer={layer} is not in the network; choose 1 to {depth}.')
-        self.backbone.out_indices = [layer - 1]
-        if hasattr(self.backbone, 'out_type'):
-            self.backbone.out_type = 'featmap'
+        for name, value in dict(options, out_indices=[layer - 1]).items():
+            setattr(self.backbone, name, value)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images (N, 3, H, W) as vectors (N, C) or maps, or classify them (N,)."""

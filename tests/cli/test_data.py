@@ -4,14 +4,11 @@ import json
 import os
 
 import pytest
-import torch
-from mmengine.config import Config
-from mmpretrain.registry import MODELS
 
-from ser_mm.engine.configs import find_config
 from tests.support.command import run_command
 from tests.support.images import write_images
 from tests.support.paths import ROOT
+from tests.support.probed import write_untrained
 from tests.support.unprivileged import unprivileged
 
 SHORT = (
@@ -23,10 +20,7 @@ SHORT = (
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    model = MODELS.build(Config.fromfile(find_config('demo/ser_mocov3')).model)
-    path = tmp_path_factory.mktemp('network') / 'epoch 1.pth'
-    torch.save(dict(state_dict=model.state_dict()), path)
-    return path
+    return write_untrained('demo/ser_mocov3', tmp_path_factory.mktemp('network') / 'epoch 1.pth')
 
 
 @pytest.fixture

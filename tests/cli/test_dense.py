@@ -15,12 +15,12 @@ def run(imagenet_tree, tmp_path):
 
 def test_results_are_written(run, tmp_path, capsys):
     out = tmp_path / 'found' / 'a.json'
-    options = ['--images', 3, '--step', 90, '--affine', 1, '--blocks', 2, 4, '--out', out]
+    options = ['--images', 3, '--step', 90, '--affine', 1, '--layers', 2, 4, '--out', out]
     assert run_command('dense', *run, '--measures', 'correspondence', *options) is None
     results = json.loads(out.read_text())
     assert results['checkpoint'] == run[1] and results['step'] == 90
-    assert list(results['results']) == ['blocks', 'correspondence']
-    assert results['results']['blocks'] == [2, 4]
+    assert list(results['results']) == ['layers', 'correspondence']
+    assert results['results']['layers'] == [2, 4]
     text = out.with_suffix('.md').read_text()
     assert '| matched by angle | block 2 | block 4 |' in text
     assert text in capsys.readouterr().out
@@ -30,8 +30,8 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('ser_mm.evaluation.dense.accuracy_by_angle', None)  # that takes longest
     assert run_command('dense', *run, '--out', tmp_path) == 2
     assert 'name a file that ends in .json.' in capsys.readouterr().err
-    found = run_command('dense', *run, '--blocks', 9, '--out', tmp_path / 'a.json')
-    assert found.startswith('error: blocks=[9]: the network has 4') and '\n' not in found
+    found = run_command('dense', *run, '--layers', 9, '--out', tmp_path / 'a.json')
+    assert found.startswith('error: layers=[9]: the network has 4') and '\n' not in found
 
 
 def test_images_without_labels(imagenet_tree, run, tmp_path):

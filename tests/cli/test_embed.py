@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmpretrain.registry import MODELS
 
-from ser_mm.engine.configs import find_config
 from ser_mm.evaluation import Embedder
 from tests.support.command import run_command
 from tests.support.images import write_images
+from tests.support.probed import write_untrained
 from tests.support.rounding import FLOAT32_NETWORK
 
 CONFIG = 'demo/ser_mocov3'
@@ -21,11 +18,7 @@ CONFIG = 'demo/ser_mocov3'
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    init_default_scope('mmpretrain')  # not that of the test before
-    model = MODELS.build(Config.fromfile(find_config(CONFIG)).model)
-    path = tmp_path_factory.mktemp('network') / 'epoch_1.pth'
-    torch.save(dict(state_dict=model.state_dict()), path)
-    return path
+    return write_untrained(CONFIG, tmp_path_factory.mktemp('network') / 'epoch_1.pth')
 
 
 @pytest.fixture

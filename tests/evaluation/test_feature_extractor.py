@@ -5,11 +5,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain import FeatureExtractor, get_model, list_models
-from mmpretrain.registry import MODELS
 
 import ser_mm  # noqa: F401  registers the modules and the model index
 from ser_mm.evaluation import Embedder
 from tests.support.paths import ROOT
+from tests.support.probed import write_untrained
 from tests.support.rounding import FLOAT32_NETWORK
 
 
@@ -19,13 +19,9 @@ def demo():
 
 
 @pytest.fixture(scope='module')
-def checkpoint(demo, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """Weights as a run writes them."""
-    model = MODELS.build(demo.model)
-    model.init_weights()
-    path = tmp_path_factory.mktemp('run') / 'epoch_1.pth'
-    torch.save(dict(state_dict=model.state_dict()), path)
-    return str(path)
+    return write_untrained('demo/ser_mocov3', tmp_path_factory.mktemp('run') / 'epoch_1.pth')
 
 
 @pytest.fixture
