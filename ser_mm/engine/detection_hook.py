@@ -26,6 +26,12 @@ class DrawDetectionsHook(DetVisualizationHook):
         **kwargs: Those of ``DetVisualizationHook``: draw, interval, score_thr, test_out_dir, ...
     """
 
+    def before_run(self, runner: Runner) -> None:
+        """Draw with the run's own visualizer, not with the last one of this process."""
+        self._visualizer = runner.visualizer
+        if self.show:  # as in ``DetVisualizationHook``
+            self._visualizer._vis_backends = {}
+
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Sequence
     ) -> None:

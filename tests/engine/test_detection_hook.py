@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from mmengine.registry import init_default_scope
+from mmengine.registry import VISUALIZERS, init_default_scope
+from mmengine.visualization import Visualizer
 from PIL import Image
 
 from ser_mm.datasets import write_bundled_digits
@@ -31,6 +32,9 @@ def test_images_are_drawn_as_they_are_stored(turned, tmp_path, monkeypatch):
     init_default_scope('mmdet')
     cfg = make_small(load('retinanet_vits16', **on_digits(turned)), tmp_path / 'start.pth')
     cfg.default_hooks.visualization.update(draw=True, test_out_dir='shown')
+    # As after other runs in this process: the last visualizer is not that of this run.
+    VISUALIZERS.build(cfg.visualizer)
+    Visualizer.get_instance('of another run')
     runner = make_runner(cfg, 'run')
     runner.test()
     drawn = sorted((tmp_path / 'run').rglob('*.jpg'))
