@@ -9,6 +9,7 @@ import pytest
 from mmengine.config import Config
 
 from tests.support.paths import ROOT
+from tests.support.tiny_imagenet import write_tiny_imagenet
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 # Sizes of images and of projectors, and what they are shortened to.
@@ -77,6 +78,49 @@ def test_trains(config, imagenet_tree, tmp_path):
         values = re.findall(rf' {term}: (-?[\d.]+)', run.stdout)
         assert len(values) == 2 * (term == name)
         assert not values or any(float(value) > 0 for value in values)
+
+
+TINY = sorted((ROOT / 'configs/tiny_imagenet').glob('*_tiny_imagenet*.py'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', TINY, ids=lambda path: path.stem)
+def test_tiny_imagenet_trains(config, tmp_path):
+    root = write_tiny_imagenet(tmp_path / 'tiny', classes=2, per_class=8)
+    options = [
+        'train_cfg.max_epochs=1',
+        'train_dataloader.batch_size=8',
+        f'train_dataloader.dataset.dataset.data_root={root}',
+        f'train_dataloader.dataset.folder={tmp_path / "cached"}',
+        'default_hooks.logger.interval=1',
+        'default_hooks.checkpoint.interval=100',
+        'default_hooks.checkpoint.save_last=False',
+    ]
+    if config.name.startswith('ser_'):
+        options.append('model.data_preprocessor.equi_ratio=0.5')
+    command = [sys.executable, '-m', 'ser_mm.cli.train', config, '--work-dir', tmp_path / 'run']
+    run = subprocess.run(
+        [*command, '--cfg-options', *options],
+        cwd=ROOT,
+        env={'OMP_NUM_THREADS': '1', **os.environ},
+        text=True,
+        capture_output=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    losses = re.findall(r'Epoch\(train\) \[1\]\[([12])/2\].* loss: (-?[\d.]+)', run.stdout)
+    assert [step for step, _ in losses] == ['1', '2'], run.stdout
+    assert len(re.findall(r' loss_ser: \d', run.stdout)) == 2 * config.name.startswith('ser_')
+
+
+@pytest.mark.parametrize('name', ['mocov3', 'dino', 'barlowtwins'])
+def test_tiny_imagenet_pair_differs_in_the_ser_lines_only(name):
+    base = Config.fromfile(ROOT / f'configs/tiny_imagenet/{name}_tiny_imagenet.py').to_dict()
+    ser = Config.fromfile(ROOT / f'configs/tiny_imagenet/ser_{name}_tiny_imagenet.py').to_dict()
+    algorithm = ser['model'].pop('algorithm')
+    assert algorithm['backbone'].pop('ser_layer') == 3
+    assert base.pop('model') == algorithm
+    assert ser.pop('model')['data_preprocessor'] == dict(equi_ratio=1 / 32)
+    assert base == {key: x for key, x in ser.items() if key != 'algorithm'}
 
 
 PAIRS = [path for path in CONFIGS if path.with_name(f'ser_{path.name}') in CONFIGS]

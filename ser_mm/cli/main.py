@@ -20,6 +20,7 @@ COMMANDS = {
     'export': 'write a backbone for timm, torchvision, plain MMPretrain or ONNX',
     'cost': 'FLOPs, operators, parameters and time that SER adds to a training step',
     'ablate': 'sweep the settings of SER over several seeds',
+    'compare': 'train arms of an experiment, measure all, and report paired differences',
     'demo': 'pretrain with and without SER at toy scale, and evaluate',
     'demo-detection': 'train a detector on the backbones of the demo',
 }

@@ -251,6 +251,7 @@ def _class_folders(dataset: dict) -> tuple[Path, set[str]]:
     prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
     folder = folder / prefix
     in_folders = prefix or kind.endswith('CustomDataset')
-    if dataset.get('ann_file') or not in_folders or not folder.is_dir():
+    labels_in_file = dataset.get('ann_file') or kind.endswith('TinyImageNet')
+    if labels_in_file or not in_folders or not folder.is_dir():
         return folder, set()
     return folder, {entry.name for entry in os.scandir(folder) if entry.is_dir()}

@@ -1,7 +1,11 @@
-"""Accuracies with confidence intervals."""
+"""Accuracies and differences with confidence intervals, and the rank of features."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +32,54 @@ def accuracy(scores: Tensor, labels: Tensor, confidence: float = 0.95) -> dict:
         interval = binomtest(count, len(labels)).proportion_ci(confidence, method='wilson')
         result |= {f'top{k}': count / len(labels), f'top{k}_ci': [interval.low, interval.high]}
     return result
+
+
+def rank_me(features: Tensor) -> float:
+    """Effective rank of features, RankMe (Garrido et al., ICML 2023, equations 1 and 2).
+
+    The exponential of the entropy of their singular values, which are not centred.
+
+    Args:
+        features (Tensor): Shape (N, C).
+
+    Returns:
+        float: From 1, all on a line through 0, to min(N, C).
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def paired_difference(
+    one: Sequence[float], other: Sequence[float], confidence: float = 0.95
+) -> dict[str, Any]:
+    """Mean difference of paired values, with Student's interval and test.
+
+    Args:
+        one (Sequence[float]): Two or more values.
+        other (Sequence[float]): As many, in the same order.
+        confidence (float): Of the interval. Defaults to 0.95.
+
+    Returns:
+        dict: ``mean`` of one - other, its ``interval``, ``p`` of the two-sided test that it is 0,
+        and how many differences are ``positive``.
+
+    Raises:
+        ValueError: If there are fewer than two pairs, or not as many of each.
+    """
+    from scipy.stats import t
+
+    differences = [x - y for x, y in zip(one, other, strict=True)]
+    if len(differences) < 2:
+        raise ValueError('paired_difference: one pair has no deviation; give two or more.')
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    degrees = len(differences) - 1
+    reach = float(t.ppf((1 + confidence) / 2, degrees)) * error
+    p = float(2 * t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
+    return dict(
+        mean=mean,
+        interval=[mean - reach, mean + reach],
+        p=p,
+        positive=sum(x > 0 for x in differences),
+    )

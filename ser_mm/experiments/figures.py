@@ -3,12 +3,14 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
+from torch import Tensor
 
 from ser_mm.evaluation.backbone import token_maps_of, weights_of
 from ser_mm.evaluation.data import build_loader, dataset_of, spaced_images
@@ -62,21 +64,36 @@ def evaluate(
     cfg = deepcopy(cfg)
     cfg.evaluation.val_turned = turned(dataset_of(cfg, 'val'))
     source = CachedFeatures(cfg, checkpoint, cache, num_workers=num_workers)
+    found, _ = accuracies(source, solver)
+    with token_maps_of(source.network.backbone) as token_maps:
+        batches = spaced_images(cfg, 'val', images, num_workers=num_workers)
+        found['layers'] = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
+    write_text(file, json.dumps(dict(found, about=about), indent=1))
+    shutil.rmtree(cache, ignore_errors=True)
+    return found
+
+
+def accuracies(
+    source: CachedFeatures, solver: str | None = None
+) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+    """Accuracies of a network, and the linear probe.
+
+    Args:
+        source (CachedFeatures): Network and data sets ``train``, ``val`` and ``val_turned``.
+        solver (str, optional): See :func:`evaluate`. Defaults to None.
+
+    Returns:
+        tuple: :data:`ACCURACIES` by name, and what gives the classes (N,) of features (N, C).
+    """
     train, train_labels = source.load('train')
     sets = dict(probe=source.load('val'), probe_turned=source.load('val_turned'))
     solver = solver or choose_solver(len(train))
-    with token_maps_of(source.network.backbone) as token_maps:
-        batches = spaced_images(cfg, 'val', images, num_workers=num_workers)
-        layers = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
-    classify = fit_classifier(train, train_labels, solver=solver, cache_dir=cache)
+    classify = fit_classifier(train, train_labels, solver=solver, cache_dir=source.cache_dir)
     found: dict[str, Any] = {
         key: float((classify(features) == labels).double().mean())
         for key, (features, labels) in sets.items()
     }
-    found |= dict(knn=knn_probe(train, train_labels, *sets['probe']), layers=layers)
-    write_text(file, json.dumps(dict(found, about=about), indent=1))
-    shutil.rmtree(cache, ignore_errors=True)
-    return found
+    return found | dict(knn=knn_probe(train, train_labels, *sets['probe'])), classify
 
 
 def stamp_data(cfg: Config) -> str:

@@ -1,0 +1,389 @@
+"""Arms of a comparison, seed by seed: trained, measured, and set against each other."""
+
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import set_random_seed
+
+from ser_mm.engine.logs import read_scalars
+from ser_mm.evaluation.backbone import token_maps_of
+from ser_mm.evaluation.cost import count_step
+from ser_mm.evaluation.data import check_evaluation, spaced_images
+from ser_mm.evaluation.dense import AFFINE, measure_dense, summarize_angles
+from ser_mm.evaluation.equivariance import equivariance_by_layer
+from ser_mm.evaluation.features import CachedFeatures
+from ser_mm.evaluation.metrics import paired_difference, rank_me
+from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
+from ser_mm.evaluation.robustness import CORRUPTIONS, corrupted_datasets
+from ser_mm.experiments.figures import (
+    TRANSFORMATIONS,
+    accuracies,
+    stamp_data,
+    turned,
+)
+from ser_mm.experiments.runs import check_settings, finished, reserved, train
+from ser_mm.experiments.sweeps import (
+    CLS_LAYER,
+    CONFIG,
+    LOSS_WEIGHT,
+    NAME,
+    Point,
+    load_base,
+    run_config,
+    ser_layer,
+)
+from ser_mm.files import read_kept, write_text
+
+ARMS = dict(
+    untrained='untrained',
+    baseline='baseline',
+    late_cls='late [CLS]',
+    views_only='views only',
+    ser='SER',
+    ser_early_cls='SER, [CLS] first',
+    supervised='supervised',
+)
+"""Arms, by the name that the command line takes, and what tables call them."""
+MEASURES = ('accuracy', 'corruptions', 'equivariance', 'dense', 'cost')
+
+COLUMNS = dict(
+    probe='linear probe',
+    knn='k-NN',
+    probe_turned='probe, turned images',
+    corruptions='probe, corruptions',
+    angle='probe, mean of angles',
+    r2='R2 at SER layer',
+    retrieval='retrieval at SER layer',
+    r2_last='R2 at last block',
+    matched='correspondence, affine, at SER layer',
+    matched_last='correspondence, affine, last block',
+    matched_turns_last='correspondence, quarter turns, last block',
+    position_last='position R2, last block',
+    rankme='RankMe',
+    box_map='box mAP, frozen',
+)
+"""Figures of a run, one number each, and their titles."""
+PAIRS = (
+    ('SER', 'baseline'),
+    ('SER', 'views only'),
+    ('SER', 'late [CLS]'),
+    ('late [CLS]', 'baseline'),
+    ('views only', 'late [CLS]'),
+)
+"""Differences that are reported. The last two are parts of the first."""
+
+
+def arm_config(
+    cfg: Config, arm: str, seed: int, work_dir: Path, cfg_options: Mapping[str, Any]
+) -> Config:
+    """Config of a run of an arm.
+
+    Args:
+        cfg (Config): Config with SER, see :func:`~ser_mm.experiments.sweeps.load_base`.
+        arm (str): Of :data:`ARMS`. 'supervised' is the config beside the baseline's with
+            ``supervised_`` in place of the algorithm's name.
+        seed (int): Seed of the run.
+        work_dir (Path): Folder of all runs.
+        cfg_options (Mapping[str, Any]): See :func:`~ser_mm.experiments.sweeps.run_config`.
+
+    Raises:
+        ValueError: If there is no config of the arm.
+    """
+    base = Path(cfg.filename).stem.removeprefix('ser_')
+    backbone = cfg.model.algorithm.backbone
+    layer = backbone.get('cls_layer') or backbone.ser_layer
+    point: Point | None = {
+        'late_cls': {CONFIG: base, NAME: 'late_cls', 'model.backbone.cls_layer': layer},
+        'views_only': {LOSS_WEIGHT: 0.0},
+        'ser': {},
+        'ser_early_cls': {CLS_LAYER: 0},
+        'supervised': {CONFIG: f'supervised_{base.partition("_")[2]}', NAME: 'supervised'},
+    }.get(arm)
+    own = run_config(cfg, point, seed, work_dir, cfg_options)
+    if arm == 'untrained':
+        own.work_dir = str(Path(own.work_dir).with_name(arm))
+    return own
+
+
+def measure(
+    cfg: Config,
+    checkpoint: str | None,
+    layer: int,
+    measures: Sequence[str],
+    data: str,
+    images: int = 1000,
+    num_workers: int = 0,
+    solver: str | None = None,
+) -> dict[str, Any]:
+    """What a run is worth, measure by measure, each kept beside the folder of the run.
+
+    A measure is taken again where the checkpoint, the settings or the images are others.
+
+    Args:
+        cfg (Config): Config of the run, with ``work_dir``, ``randomness`` and ``evaluation``.
+        checkpoint (str, optional): Its final checkpoint. None for the untrained network.
+        layer (int): Block that SER is at, or would be, counted from 1.
+        measures (Sequence[str]): Of :data:`MEASURES`.
+        data (str): What :func:`~ser_mm.experiments.figures.stamp_data` returned.
+        images (int): Validation images, at most, of each corruption and of what is measured on
+            token maps. Defaults to 1000.
+        num_workers (int): Processes that read images. Defaults to 0.
+        solver (str, optional): Of the linear probe. Defaults to None, see
+            :func:`~ser_mm.experiments.figures.evaluate`.
+
+    Returns:
+        dict[str, Any]: By name of the figure, those of all measures that are kept.
+    """
+    file = Path(f'{cfg.work_dir}.measures.json')
+    cache = Path(f'{cfg.work_dir}.features')
+    set_random_seed(cfg.randomness.seed)  # of the untrained network
+    own = deepcopy(cfg)
+    own.evaluation.val_turned = turned(own.evaluation.val)
+    corrupted = _add_corruptions(own, images) if 'corruptions' in measures else []
+    source = CachedFeatures(own, checkpoint, cache, num_workers=num_workers)
+    # Of the backbone alone, so that a checkpoint is the same when the rest was left out.
+    digest = hashlib.sha256()
+    for values in source.network.backbone.state_dict().values():
+        digest.update(values.cpu().numpy().tobytes())
+    digest.update(repr((cfg.evaluation, layer)).encode())
+    about = dict(digest=digest.hexdigest(), data=data, images=images, solver=solver)
+    kept = read_kept(file, lambda x: json.loads(x.read_text())) or {}
+    kept = kept if kept.get('about') == about else dict(about=about)
+    missing = [name for name in measures if name not in kept]
+    for name in missing:
+        start = time.monotonic()
+        if name == 'accuracy':
+            found, _ = accuracies(source, solver)
+            found['rankme'] = rank_me(source.load('val')[0])
+        elif name == 'corruptions':
+            _, classify = accuracies(source, solver)
+            found = dict(corruptions_by_kind={})
+            for key in corrupted:
+                features, labels = source.load(key)
+                top1 = float((classify(features) == labels).double().mean())
+                found['corruptions_by_kind'].setdefault(key.partition('/')[0], []).append(top1)
+            found['corruptions'] = statistics.mean(
+                x for some in found['corruptions_by_kind'].values() for x in some
+            )
+        elif name == 'equivariance':
+            with token_maps_of(source.network.backbone) as token_maps:
+                batches = spaced_images(own, 'val', images, num_workers=num_workers)
+                layers = equivariance_by_layer(token_maps, batches, TRANSFORMATIONS)
+            found = dict(layers=layers)
+            for key in ('r2', 'retrieval'):
+                found[key] = layers['mixture'][layer - 1][key]
+                found[f'{key}_last'] = layers['mixture'][-1][key]
+        elif name == 'dense':
+            found = _dense(
+                measure_dense(
+                    own,
+                    checkpoint,
+                    images=images,
+                    num_workers=num_workers,
+                    seed=own.randomness.seed,
+                ),
+                layer,
+            )
+        else:
+            found = _cost(cfg)
+        kept[name] = found | dict(seconds=time.monotonic() - start)
+        write_text(file, json.dumps(kept, indent=1))
+    if {'accuracy', 'corruptions'} <= set(kept):  # nothing is left that needs them
+        shutil.rmtree(cache, ignore_errors=True)
+    return {
+        key: value
+        for name, figures in kept.items()
+        if name != 'about'
+        for key, value in figures.items()
+        if key != 'seconds'
+    }
+
+
+def _add_corruptions(cfg: Config, images: int) -> list[str]:
+    """Add the corrupted validation images, each made once for all runs, to ``evaluation``."""
+    names = corrupted_datasets(dict(cfg.evaluation.val, indices=images), CORRUPTIONS)
+    for name, dataset in names.items():
+        *once, pack = dataset['pipeline']
+        cfg.evaluation[name] = dict(
+            type='CachedImages',
+            dataset=dict(dataset, pipeline=once, serialize_data=False),
+            pipeline=[pack],
+            serialize_data=False,  # it collects garbage, 75 times for seconds
+        )
+    return list(names)
+
+
+def _dense(found: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The figures of :func:`~ser_mm.evaluation.dense.measure_dense` by name."""
+    own: dict[str, Any] = {
+        'correspondence': found['correspondence'],
+        'accuracy_by_angle': found['angle'],
+        'position': found['position'],
+        'angle': statistics.mean(x['probe'] for x in found['angle'].values()),
+        'position_last': found['position']['layers'][-1]['r2'],
+    }
+    groups = summarize_angles(found['correspondence'])
+    for key, group in dict(matched=AFFINE, matched_turns='quarter turns').items():
+        for end, at in {'': layer - 1, '_last': -1}.items():
+            own[f'{key}{end}'] = statistics.mean(x[at]['matched'] for x in groups[group])
+    return own
+
+
+def _cost(cfg: Config) -> dict[str, Any]:
+    """What training took, and how its losses fell, from the log of the run."""
+    records = read_scalars(cfg.work_dir)
+    terms = sorted({key for record in records for key in record if 'loss' in key})
+    step = count_step(cfg, cfg.train_dataloader.batch_size)
+    return dict(
+        losses=[{key: r[key] for key in ('step', *terms) if key in r} for r in records],
+        gflops=step['flops'] / 1e9,
+        step_seconds=statistics.median([r['time'] for r in records]) if records else None,
+    )
+
+
+def compare(
+    config: Path,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    work_dir: Path,
+    out: Path,
+    cfg_options: Mapping[str, Any],
+    measures: Sequence[str] = MEASURES,
+    jobs: int = 1,
+    gpus: int | None = None,
+    images: int = 1000,
+    num_workers: int = 0,
+    solver: str | None = None,
+) -> Path:
+    """Train the arms of a comparison from every seed, measure them, and report.
+
+    Args:
+        config (Path): Config with SER; the others are found from it.
+        arms (Sequence[str]): Of :data:`ARMS`.
+        seeds (Sequence[int]): Seeds of every arm.
+        work_dir (Path): Folder of all runs.
+        out (Path): Folder of the results, a JSON file with the name of the base algorithm's config
+            and its tables in Markdown. The JSON is written after each run.
+        cfg_options (Mapping[str, Any]): Fields of the config of all runs to override.
+        measures (Sequence[str]): Of :data:`MEASURES`. Defaults to all.
+        jobs (int): Runs that train at the same time. Defaults to 1.
+        gpus (int, optional): See :func:`~ser_mm.experiments.runs.training`. Defaults to None.
+        images (int): See :func:`measure`. Defaults to 1000.
+        num_workers (int): See :func:`measure`. Defaults to 0.
+        solver (str, optional): See :func:`measure`. Defaults to None.
+
+    Returns:
+        Path: The JSON file: ``about`` and ``runs``, a list with ``arm``, ``seed`` and the figures.
+
+    Raises:
+        BlockingIOError: If another process trains or measures one of the runs.
+        FileNotFoundError: If data is missing.
+        RunError: If a run fails.
+        ValueError: If the config or a run is refused.
+    """
+    cfg = load_base(config, cfg_options)
+    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
+    runs = {
+        (arm, seed): arm_config(cfg, arm, seed, work_dir, cfg_options)
+        for seed in seeds
+        for arm in arms
+    }
+    trained = {f'{arm} (seed {seed})': own for (arm, seed), own in runs.items()}
+    trained = {name: own for name, own in trained.items() if not name.startswith('untrained')}
+    check_evaluation(cfg)
+    for own in trained.values():
+        check_settings(own)
+    file = out / f'{config.stem.removeprefix("ser_")}.json'
+    results: dict[str, Any] = dict(
+        about=dict(
+            config=config.stem,
+            cfg_options=dict(cfg_options),
+            epochs=cfg.train_cfg.max_epochs,
+            batch_size=cfg.train_dataloader.batch_size,
+            images=images,
+        ),
+        runs=[],
+    )
+    with reserved(runs.values()):
+        todo = sum(not finished(own) for own in trained.values())
+        print(f'{len(runs)} runs, {todo} to train; logs are in {work_dir}', flush=True)
+        train(trained, jobs, gpus)
+        data = stamp_data(cfg)
+        for (arm, seed), own in runs.items():
+            print(f'measuring {arm} (seed {seed})', flush=True)
+            Path(own.work_dir).mkdir(parents=True, exist_ok=True)
+            checkpoint = None if arm == 'untrained' else finished(own)
+            layer = ser_layer(cfg, own)
+            wanted = [x for x in measures if x != 'cost' or arm != 'untrained']
+            found = measure(own, checkpoint, layer, wanted, data, images, num_workers, solver)
+            results['runs'].append(dict(arm=ARMS[arm], seed=seed, **found))
+            write_text(file, json.dumps(results, indent=1) + '\n')
+    text = report_comparison(results)
+    write_text(file.with_suffix('.md'), f'{text}\n')
+    print(f'\n{text}\n\nResults are in {file} and .md.')
+    return file
+
+
+def report_comparison(results: dict[str, Any]) -> str:
+    """Tables in Markdown: means and deviations by arm, and paired differences.
+
+    Args:
+        results (dict): What :func:`compare` wrote.
+    """
+    by_arm: dict[str, dict[int, dict]] = {}
+    for run in results['runs']:
+        by_arm.setdefault(run['arm'], {})[run['seed']] = run
+    columns = {k: t for k, t in COLUMNS.items() if any(k in run for run in results['runs'])}
+    rows = [
+        [
+            title,
+            *(
+                format_mean(values) if (values := _values(runs, key)) else '-'
+                for runs in by_arm.values()
+            ),
+        ]
+        for key, title in columns.items()
+    ]
+    counts = ['runs', *(len(runs) for runs in by_arm.values())]
+    tables = [make_table(['figure', *by_arm], [*rows, counts])]
+    for one, other in PAIRS:
+        seeds = sorted(by_arm.get(one, {}).keys() & by_arm.get(other, {}).keys())
+        if len(seeds) < 2:
+            continue
+        rows = []
+        for key, title in columns.items():
+            pairs = [(by_arm[one][s].get(key), by_arm[other][s].get(key)) for s in seeds]
+            if any(x is None or y is None for x, y in pairs):
+                continue
+            found = paired_difference(*zip(*pairs, strict=True))
+            low, high = found['interval']
+            rows.append(
+                [
+                    title,
+                    f'{found["mean"]:+.4f}',
+                    f'{low:+.4f} to {high:+.4f}',
+                    f'{found["p"]:.3f}',
+                    f'{found["positive"]} of {len(seeds)}',
+                ]
+            )
+        header = [f'{one} - {other}', 'mean', '95 % interval', 'p', 'positive']
+        tables.append(make_table(header, rows))
+    seeds = sorted({run['seed'] for run in results['runs']})
+    tables.append(
+        f'{describe_seeds(seeds).capitalize()} Differences are paired by seed; intervals and p '
+        "are of Student's t, uncorrected for the number of comparisons."
+    )
+    return '\n\n'.join(tables)
+
+
+def _values(runs: Mapping[int, dict], key: str) -> list[float]:
+    return [run[key] for run in runs.values() if isinstance(run.get(key), float | int)]
