@@ -285,8 +285,9 @@ def processor() -> str:
 
 
 def make_step_table(rows: dict[str, dict], batch_size: int) -> str:
-    """Time, memory and counts of variants."""
+    """Time, memory and counts of variants, and their precision where they differ in it."""
     table = []
+    mixed = len({row['precision'] for row in rows.values()}) > 1
     for name, row in rows.items():
         counted = ['-', '-']
         if 'operators_ratio' in row:
@@ -296,6 +297,7 @@ def make_step_table(rows: dict[str, dict], batch_size: int) -> str:
             ]
         first = f'{row["first_seconds"]:.1f}'
         kernels = row['kernels'] or '-'
+        name = f'{name}, {row["precision"]}' if mixed else name
         table.append([name, *step_cells(row, batch_size), first, kernels, *counted])
     return make_table([*STEP_COLUMNS, 'first step, s', 'kernels', 'operators', 'FLOPs'], table)
 
