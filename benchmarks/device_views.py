@@ -3,8 +3,9 @@
 Images of one size, pieces of photographs that scikit-image and scikit-learn carry, are kept as
 bytes in memory. MMPretrain's pipeline makes two views of each, one after the other, in as many
 processes as there are cores; the preprocessor of SER makes them of whole batches, on the device
-that there is, with and without b2. Loading the images and collating them is part of both. They
-take turns, and times are medians over the rounds.
+that there is, with and without b2. Loading the images and collating them is part of both, but for
+images that are there: batches in the memory of the device. They take turns, and times are medians
+over the rounds.
 
     python benchmarks/device_views.py --size 64 --cores 2
 """
@@ -124,10 +125,12 @@ def main() -> None:
         return SERDataPreprocessor(**options).to(get_device())
 
     plain = DataLoader(Images(images, [pack]), args.batch_size, collate_fn=default_collate)
+    there = [dict(batch, inputs=batch['inputs'].to(get_device())) for batch in plain]
     variants = {
         "MMPretrain's pipeline": (loader([multi_view, pack]), None),
         'on the device': (plain, preprocessor(views, None)),
         'on the device, with b2': (plain, preprocessor(views, args.equi_ratio)),
+        'on the device, with b2, images there': (there, preprocessor(views, args.equi_ratio)),
         'on the device, crops alone': (plain, preprocessor(crops, None)),
         'loading images alone': (plain, None),
     }

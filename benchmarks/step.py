@@ -28,6 +28,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
@@ -72,7 +73,10 @@ def count_kernels(step: Callable[[], None]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    return sum(
+        e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+        for e in profile.events()
+    )
 
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
@@ -119,7 +123,10 @@ def variants_of(args: argparse.Namespace) -> dict[str, Callable[[str], Any]]:
         'SER, compiled': ours(args.config, compiled),
         'SER, two passes': ours(args.config, use_two_passes),
         'SER, photometry on the device': ours(ROOT / 'configs/ser_mocov3_vits16_device_views.py'),
-        "MMPretrain's MoCo v3": ours(MMPRETRAIN),
+        # On the CPU torch's synchronised BatchNorm refuses to work in a process group.
+        "MMPretrain's MoCo v3": ours(
+            MMPRETRAIN, revert_sync_batchnorm if get_device() == 'cpu' else None
+        ),
         RELEASE: release,
     }
 
@@ -161,12 +168,18 @@ def check_step_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         )
 
 
-def measure(args: argparse.Namespace, precision: str = 'float32') -> dict[str, dict]:
+def measure(
+    args: argparse.Namespace,
+    precision: str = 'float32',
+    keep: Callable[[dict[str, dict]], None] | None = None,
+) -> dict[str, dict]:
     """Time the variants in turns, then count.
 
     Args:
         args (argparse.Namespace): The command line.
         precision (str): Of ``PRECISIONS``.
+        keep (Callable[[dict], None], optional): Called with what there is after the turns, and
+            after each count. Defaults to None.
 
     Returns:
         dict[str, dict]: By name, what :func:`~ser_mm.evaluation.cost.take_turns` measures,
@@ -179,12 +192,17 @@ def measure(args: argparse.Namespace, precision: str = 'float32') -> dict[str, d
     for name, step in steps.items():
         start = time.perf_counter()
         step()
+        synchronize()
         first[name] = time.perf_counter() - start
     rows = take_turns(steps, args.steps, args.warmup)
     for name, row in rows.items():
         row['precision'] = precision_of(steps[name])
         row['first_seconds'] = first[name]
         row['images_per_second'] = args.batch_size / row['seconds']
+        row['kernels'] = None
+    for name, row in rows.items():
+        if keep is not None:
+            keep(rows)
         row['kernels'] = count_kernels(steps[name]) if get_device() == 'cuda' else None
         if isinstance(steps[name], TrainingStep) and 'compiled' not in name:
             row.update(steps[name].count())
@@ -194,6 +212,12 @@ def measure(args: argparse.Namespace, precision: str = 'float32') -> dict[str, d
             if key in row and key in base:
                 row[f'{key}_ratio'] = row[key] / base[key]
     return rows
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if get_device() == 'cuda':
+        torch.cuda.synchronize()
 
 
 def precision_of(step: Any) -> str:
@@ -261,8 +285,9 @@ def processor() -> str:
 
 
 def make_step_table(rows: dict[str, dict], batch_size: int) -> str:
-    """Time, memory and counts of variants."""
+    """Time, memory and counts of variants, and their precision where they differ in it."""
     table = []
+    mixed = len({row['precision'] for row in rows.values()}) > 1
     for name, row in rows.items():
         counted = ['-', '-']
         if 'operators_ratio' in row:
@@ -272,6 +297,7 @@ def make_step_table(rows: dict[str, dict], batch_size: int) -> str:
             ]
         first = f'{row["first_seconds"]:.1f}'
         kernels = row['kernels'] or '-'
+        name = f'{name}, {row["precision"]}' if mixed else name
         table.append([name, *step_cells(row, batch_size), first, kernels, *counted])
     return make_table([*STEP_COLUMNS, 'first step, s', 'kernels', 'operators', 'FLOPs'], table)
 

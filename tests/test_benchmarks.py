@@ -95,7 +95,7 @@ def test_device_views(tmp_path):
     sizes = ['--size', 32, '--batch-size', 4, '--batches', 1, '--rounds', 1, '--equi-ratio', 0.5]
     run('device_views.py', *sizes, '--out', out)
     rows = json.loads(out.read_text())['variants']
-    assert len(rows) == 5 and all(row['images_per_second'] > 0 for row in rows.values())
+    assert len(rows) == 6 and all(row['images_per_second'] > 0 for row in rows.values())
 
 
 def test_authors_without_their_release(tmp_path):
