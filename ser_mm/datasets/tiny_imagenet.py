@@ -1,5 +1,7 @@
 """Tiny ImageNet, in the layout that it is distributed in."""
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +10,9 @@ from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import Name, checked
 from ser_mm.datasets._custom_dataset import CUSTOM_DATASET
+from ser_mm.files import write_text
+
+_SIDE = 64
 
 
 @DATASETS.register_module()
@@ -86,3 +91,91 @@ class TinyImageNet(BaseDataset):
                 f'TinyImageNet: data_root={self.data_root!r}: {file} is missing; unpack '
                 'http://cs231n.stanford.edu/tiny-imagenet-200.zip there.'
             ) from error
+
+
+def write_tiny_imagenet_boxes(
+    data_root: str | Path,
+    folder: str | Path,
+    train: int | None = None,
+    val: int | None = None,
+    class_agnostic: bool = True,
+) -> dict[str, dict[str, int]]:
+    """Write the boxes of Tiny ImageNet as annotation files in COCO's format.
+
+    ``train.json`` and ``val.json`` name the images by their path below ``data_root``, where they
+    stay, and ``classes.txt`` has the categories, one a line. Files that are there and hold the
+    same are left as they are, so that the call may be repeated.
+
+    Both ends of a box are within it, so it is x_max - x_min + 1 pixels wide. Images whose box has
+    no area (x_max = x_min or y_max = y_min: 434 to train on and 41 to validate on) are left out:
+    such a box does not say where the object is.
+
+    Args:
+        data_root (str | Path): Folder of the data set, see :class:`TinyImageNet`.
+        folder (str | Path): Folder of the files; made if it is not there.
+        train (int, optional): Images of each class to train on, the first ones that are not left
+            out. Defaults to None: all.
+        val (int, optional): Images of each class to validate on. Defaults to None: all.
+        class_agnostic (bool): One category for all, 'object', or else one for each class, with its
+            wordnet id as name. Defaults to True.
+
+    Returns:
+        dict[str, dict[str, int]]: By split, how many ``images`` are in the file and how many were
+        ``left_out`` of those that were looked at.
+
+    Raises:
+        FileExistsError: If one of the files is there and holds something else.
+        FileNotFoundError, ValueError: See :class:`TinyImageNet`; or if ``train`` or ``val`` is
+            less than 1.
+    """
+    root, folder = Path(data_root).expanduser(), Path(folder).expanduser()
+    texts, counts = {}, {}
+    for split, per_class in dict(train=train, val=val).items():
+        if per_class is not None and per_class < 1:
+            raise ValueError(
+                f'write_tiny_imagenet_boxes: {split}={per_class} images of each class; give 1 or '
+                'more, or None for all.'
+            )
+        dataset = TinyImageNet(root, split, lazy_init=True)
+        data = dataset.load_data_list()
+        names = ('object',) if class_agnostic else dataset.metainfo['classes']
+        taken, left_out = Counter(), 0
+        images, annotations = [], []
+        for item in data:
+            x_min, y_min, x_max, y_max = item['box']
+            label = item['gt_label']
+            if per_class is not None and taken[label] == per_class:
+                continue
+            if x_max <= x_min or y_max <= y_min:
+                left_out += 1
+                continue
+            taken[label] += 1
+            width, height = x_max - x_min + 1, y_max - y_min + 1
+            id = len(images) + 1  # pycocotools counts an annotation with id 0 as missed
+            file = Path(item['img_path']).relative_to(root).as_posix()
+            images.append(dict(id=id, file_name=file, width=_SIDE, height=_SIDE))
+            annotations.append(
+                dict(
+                    id=id,
+                    image_id=id,
+                    category_id=1 if class_agnostic else label + 1,
+                    bbox=[x_min, y_min, width, height],
+                    area=width * height,
+                    iscrowd=0,
+                )
+            )
+        categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        texts[f'{split}.json'] = json.dumps(content)
+        texts['classes.txt'] = ''.join(f'{name}\n' for name in names)
+        counts[split] = dict(images=len(images), left_out=left_out)
+    files = {folder / name: text for name, text in texts.items()}
+    missing = {file: text for file, text in files.items() if not file.exists()}
+    for file in files.keys() - missing.keys():
+        if file.read_text() != files[file]:
+            raise FileExistsError(
+                f'{file} holds something else; remove it, or choose another folder.'
+            )
+    for file, text in missing.items():
+        write_text(file, text)
+    return counts
