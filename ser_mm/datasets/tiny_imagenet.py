@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -129,8 +130,10 @@ def write_tiny_imagenet_boxes(
             less than 1.
     """
     root, folder = Path(data_root).expanduser(), Path(folder).expanduser()
-    texts, counts = {}, {}
-    for split, per_class in dict(train=train, val=val).items():
+    splits: dict[Literal['train', 'val'], int | None] = {'train': train, 'val': val}
+    texts: dict[str, str] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for split, per_class in splits.items():
         if per_class is not None and per_class < 1:
             raise ValueError(
                 f'write_tiny_imagenet_boxes: {split}={per_class} images of each class; give 1 or '
@@ -139,43 +142,50 @@ def write_tiny_imagenet_boxes(
         dataset = TinyImageNet(root, split, lazy_init=True)
         data = dataset.load_data_list()
         names = ('object',) if class_agnostic else dataset.metainfo['classes']
-        taken, left_out = Counter(), 0
-        images, annotations = [], []
-        for item in data:
-            x_min, y_min, x_max, y_max = item['box']
-            label = item['gt_label']
-            if per_class is not None and taken[label] == per_class:
-                continue
-            if x_max <= x_min or y_max <= y_min:
-                left_out += 1
-                continue
-            taken[label] += 1
-            width, height = x_max - x_min + 1, y_max - y_min + 1
-            id = len(images) + 1  # pycocotools counts an annotation with id 0 as missed
-            file = Path(item['img_path']).relative_to(root).as_posix()
-            images.append(dict(id=id, file_name=file, width=_SIDE, height=_SIDE))
-            annotations.append(
-                dict(
-                    id=id,
-                    image_id=id,
-                    category_id=1 if class_agnostic else label + 1,
-                    bbox=[x_min, y_min, width, height],
-                    area=width * height,
-                    iscrowd=0,
-                )
-            )
-        categories = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
-        content = dict(images=images, annotations=annotations, categories=categories)
+        content, left_out = _as_coco(data, root, per_class, names)
         texts[f'{split}.json'] = json.dumps(content)
         texts['classes.txt'] = ''.join(f'{name}\n' for name in names)
-        counts[split] = dict(images=len(images), left_out=left_out)
+        counts[split] = dict(images=len(content['images']), left_out=left_out)
     files = {folder / name: text for name, text in texts.items()}
-    missing = {file: text for file, text in files.items() if not file.exists()}
-    for file in files.keys() - missing.keys():
-        if file.read_text() != files[file]:
+    missing = [file for file in files if not file.exists()]
+    for file, text in files.items():
+        if file not in missing and file.read_text() != text:
             raise FileExistsError(
                 f'{file} holds something else; remove it, or choose another folder.'
             )
-    for file, text in missing.items():
-        write_text(file, text)
+    for file in missing:
+        write_text(file, files[file])
     return counts
+
+
+def _as_coco(
+    data: list[dict], root: Path, per_class: int | None, names: Sequence[str]
+) -> tuple[dict[str, list], int]:
+    """Content of an annotation file, and how many images were left out of it."""
+    taken: Counter = Counter()
+    images, annotations, left_out = [], [], 0
+    for item in data:
+        x_min, y_min, x_max, y_max = item['box']
+        label = item['gt_label']
+        if taken[label] == per_class:
+            continue
+        if x_max <= x_min or y_max <= y_min:
+            left_out += 1
+            continue
+        taken[label] += 1
+        width, height = x_max - x_min + 1, y_max - y_min + 1
+        id = len(images) + 1  # pycocotools counts an annotation with id 0 as missed
+        file = Path(item['img_path']).relative_to(root).as_posix()
+        images.append(dict(id=id, file_name=file, width=_SIDE, height=_SIDE))
+        annotations.append(
+            dict(
+                id=id,
+                image_id=id,
+                category_id=label + 1 if len(names) > 1 else 1,
+                bbox=[x_min, y_min, width, height],
+                area=width * height,
+                iscrowd=0,
+            )
+        )
+    categories = [dict(id=i, name=name) for i, name in enumerate(names, 1)]
+    return dict(images=images, annotations=annotations, categories=categories), left_out
