@@ -113,6 +113,10 @@ def test_box_map_trains_once_and_scores(data, tmp_path):
     assert (run / 'epoch_1.pth').stat().st_mtime_ns == written
     (tmp_path / 'run.json').write_text(json.dumps(dict(found, bbox_mAP=0.5)))
     assert box_map(None, 3, run, **call)['bbox_mAP'] == 0.5  # is not scored again
+    # The same weights by their name are the same run, others are not.
+    assert box_map(tmp_path / 'run_random.pth', 3, run, **call)['bbox_mAP'] == 0.5
+    with pytest.raises(ValueError, match='holds a run with other settings'):
+        box_map(tmp_path / 'again.pth', 3, run, **call)
     with pytest.raises(ValueError, match='holds a run with other settings'):
         box_map(None, 4, run, **call)
     with pytest.raises(FileExistsError, match='holds something else'):
