@@ -38,9 +38,10 @@ def box_map(
 ) -> dict[str, float]:
     """Train a Faster R-CNN on a frozen backbone, and score its boxes by pycocotools.
 
-    The detector is that of ``configs/tiny_imagenet/faster-rcnn_tiny.py``. It is class-agnostic: it
-    has to find objects, not to name them. For one seed, the initial weights beside the backbone's,
-    the images of each step and which of them are mirrored do not depend on the backbone.
+    The detector is that of ``configs/tiny_imagenet/faster-rcnn_tiny.py``. It is
+    class-agnostic: it has to find objects, not to name them. For one seed, the initial weights
+    beside the backbone's, the images of each step and which of them are mirrored do not depend on
+    the backbone.
 
     What was trained is not trained again, and an interrupted run goes on when it is called again.
 
