@@ -7,7 +7,7 @@ from .exact_split import ExactSplit, split_batches
 from .image_source import ImageSource
 from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
-from .tiny_imagenet import TinyImageNet
+from .tiny_imagenet import TinyImageNet, write_tiny_imagenet_boxes
 from .transforms import (
     CheckImageSize,
     Corrupt,
@@ -53,4 +53,5 @@ __all__ = [
     'split_batches',
     'write_bundled_digits',
     'write_bundled_photos',
+    'write_tiny_imagenet_boxes',
 ]

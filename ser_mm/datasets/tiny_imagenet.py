@@ -1,5 +1,8 @@
 """Tiny ImageNet, in the layout that it is distributed in."""
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +11,9 @@ from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import Name, checked
 from ser_mm.datasets._custom_dataset import CUSTOM_DATASET
+from ser_mm.files import write_text
+
+_SIDE = 64
 
 
 @DATASETS.register_module()
@@ -86,3 +92,100 @@ class TinyImageNet(BaseDataset):
                 f'TinyImageNet: data_root={self.data_root!r}: {file} is missing; unpack '
                 'http://cs231n.stanford.edu/tiny-imagenet-200.zip there.'
             ) from error
+
+
+def write_tiny_imagenet_boxes(
+    data_root: str | Path,
+    folder: str | Path,
+    train: int | None = None,
+    val: int | None = None,
+    class_agnostic: bool = True,
+) -> dict[str, dict[str, int]]:
+    """Write the boxes of Tiny ImageNet as annotation files in COCO's format.
+
+    ``train.json`` and ``val.json`` name the images by their path below ``data_root``, where they
+    stay, and ``classes.txt`` has the categories, one a line. Files that are there and hold the
+    same are left as they are, so that the call may be repeated.
+
+    Both ends of a box are within it, so it is x_max - x_min + 1 pixels wide. Images whose box has
+    no area (x_max = x_min or y_max = y_min: 434 to train on and 41 to validate on) are left out:
+    such a box does not say where the object is.
+
+    Args:
+        data_root (str | Path): Folder of the data set, see :class:`TinyImageNet`.
+        folder (str | Path): Folder of the files; made if it is not there.
+        train (int, optional): Images of each class to train on, the first ones that are not left
+            out. Defaults to None: all.
+        val (int, optional): Images of each class to validate on. Defaults to None: all.
+        class_agnostic (bool): One category for all, 'object', or else one for each class, with its
+            wordnet id as name. Defaults to True.
+
+    Returns:
+        dict[str, dict[str, int]]: By split, how many ``images`` are in the file and how many were
+        ``left_out`` of those that were looked at.
+
+    Raises:
+        FileExistsError: If one of the files is there and holds something else.
+        FileNotFoundError, ValueError: See :class:`TinyImageNet`; or if ``train`` or ``val`` is
+            less than 1.
+    """
+    root, folder = Path(data_root).expanduser(), Path(folder).expanduser()
+    splits: dict[Literal['train', 'val'], int | None] = {'train': train, 'val': val}
+    texts: dict[str, str] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for split, per_class in splits.items():
+        if per_class is not None and per_class < 1:
+            raise ValueError(
+                f'write_tiny_imagenet_boxes: {split}={per_class} images of each class; give 1 or '
+                'more, or None for all.'
+            )
+        dataset = TinyImageNet(root, split, lazy_init=True)
+        data = dataset.load_data_list()
+        names = ('object',) if class_agnostic else dataset.metainfo['classes']
+        content, left_out = _as_coco(data, root, per_class, names)
+        texts[f'{split}.json'] = json.dumps(content)
+        texts['classes.txt'] = ''.join(f'{name}\n' for name in names)
+        counts[split] = dict(images=len(content['images']), left_out=left_out)
+    files = {folder / name: text for name, text in texts.items()}
+    missing = [file for file in files if not file.exists()]
+    for file, text in files.items():
+        if file not in missing and file.read_text() != text:
+            raise FileExistsError(
+                f'{file} holds something else; remove it, or choose another folder.'
+            )
+    for file in missing:
+        write_text(file, files[file])
+    return counts
+
+
+def _as_coco(
+    data: list[dict], root: Path, per_class: int | None, names: Sequence[str]
+) -> tuple[dict[str, list], int]:
+    """Content of an annotation file, and how many images were left out of it."""
+    taken: Counter = Counter()
+    images, annotations, left_out = [], [], 0
+    for item in data:
+        x_min, y_min, x_max, y_max = item['box']
+        label = item['gt_label']
+        if taken[label] == per_class:
+            continue
+        if x_max <= x_min or y_max <= y_min:
+            left_out += 1
+            continue
+        taken[label] += 1
+        width, height = x_max - x_min + 1, y_max - y_min + 1
+        id = len(images) + 1  # pycocotools counts an annotation with id 0 as missed
+        file = Path(item['img_path']).relative_to(root).as_posix()
+        images.append(dict(id=id, file_name=file, width=_SIDE, height=_SIDE))
+        annotations.append(
+            dict(
+                id=id,
+                image_id=id,
+                category_id=label + 1 if len(names) > 1 else 1,
+                bbox=[x_min, y_min, width, height],
+                area=width * height,
+                iscrowd=0,
+            )
+        )
+    categories = [dict(id=i, name=name) for i, name in enumerate(names, 1)]
+    return dict(images=images, annotations=annotations, categories=categories), left_out

@@ -53,6 +53,20 @@ def pretrained_backbone(pretrained: Path, algorithm: str, arm: str, seed: int) -
     return dict(backbone, init_cfg=init_cfg)
 
 
+def frozen_backbone(backbone: Mapping[str, Any]) -> dict:
+    """Config of a pretrained backbone, frozen, as one of MMDetection's.
+
+    Args:
+        backbone (Mapping[str, Any]): Config of a ViT whose ``arch`` is a dict.
+    """
+    return dict(
+        backbone,
+        type=f'mmpretrain.{backbone["type"]}',
+        out_type='featmap',
+        frozen_stages=backbone['arch']['num_layers'],
+    )
+
+
 def detector_config(
     backbone: dict, data: Path, work_dir: Path, seed: int, cfg_options: Mapping[str, Any]
 ) -> Config:
@@ -66,12 +80,7 @@ def detector_config(
         cfg_options (Mapping[str, Any]): Fields to override.
     """
     cfg = Config.fromfile(CONFIGS / 'detection.py')
-    cfg.model.backbone = dict(
-        backbone,
-        type=f'mmpretrain.{backbone["type"]}',
-        out_type='featmap',
-        frozen_stages=backbone['arch']['num_layers'],
-    )
+    cfg.model.backbone = frozen_backbone(backbone)
     cfg.model.neck.in_channels = backbone['arch']['embed_dims']
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = f'{data}/'
