@@ -81,6 +81,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='validation images of each corruption and of token maps, at most (default: 1000)',
     )
     parser.add_argument(
+        '--train-images',
+        type=positive(int),
+        help='training images, at equal distances, of the probes (default: all)',
+    )
+    parser.add_argument(
         '--num-workers',
         type=workers,
         default=0,
@@ -135,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs=args.jobs,
         gpus=args.gpus,
         images=args.images,
+        train_images=args.train_images,
         num_workers=args.num_workers,
         solver=args.solver,
     )

@@ -103,6 +103,11 @@ class EquivariantSplitHook(Hook):
     :class:`~ser_mm.datasets.EquivariantViewPipeline` it does nothing; where the views are made by
     :class:`~ser_mm.models.SERDataPreprocessor`, that divides the batches, and here they are
     checked.
+
+    Where there is a b2, attention does not run by cuDNN from then on. cuDNN plans for each number
+    of tokens, and b2 has another in almost every batch: on an H200, steps with grids not seen
+    before took 3.2 times as long as with it off, and those with grids seen before no less (ViT-S/16,
+    ``benchmarks/gpu.py --parts grids``).
     """
 
     priority = 'VERY_HIGH'
@@ -122,6 +127,7 @@ class EquivariantSplitHook(Hook):
         ratio = self._split.equi_ratio if self._split else ratio_on_device(runner.model)
         images = batch_size_of(loader) * get_world_size()
         if ratio and images:
+            torch.backends.cuda.enable_cudnn_sdp(False)
             runner.logger.info(
                 f'b2 has {count_b2(ratio, images)} of the {images} images of a batch '
                 f'(equi_ratio={ratio:g}), dealt over {get_world_size()} rank(s).'

@@ -17,13 +17,19 @@ from mmengine.runner import set_random_seed
 from ser_mm.engine.logs import read_scalars
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.cost import count_step
-from ser_mm.evaluation.data import check_evaluation, spaced_images
+from ser_mm.evaluation.data import (
+    build_loader,
+    check_evaluation,
+    spaced_images,
+    spaced_indices,
+)
 from ser_mm.evaluation.dense import AFFINE, measure_dense, summarize_angles
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.metrics import paired_difference, rank_me
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.evaluation.robustness import CORRUPTIONS, corrupted_datasets
+from ser_mm.experiments.boxes import box_map
 from ser_mm.experiments.figures import (
     TRANSFORMATIONS,
     accuracies,
@@ -53,7 +59,7 @@ ARMS = dict(
     supervised='supervised',
 )
 """Arms, by the name that the command line takes, and what tables call them."""
-MEASURES = ('accuracy', 'corruptions', 'equivariance', 'dense', 'cost')
+MEASURES = ('accuracy', 'corruptions', 'equivariance', 'dense', 'cost', 'boxes')
 
 COLUMNS = dict(
     probe='linear probe',
@@ -193,6 +199,8 @@ def measure(
                 ),
                 layer,
             )
+        elif name == 'boxes':
+            found = _boxes(cfg, checkpoint)
         else:
             found = _cost(cfg)
         kept[name] = found | dict(seconds=time.monotonic() - start)
@@ -238,6 +246,16 @@ def _dense(found: dict[str, Any], layer: int) -> dict[str, Any]:
     return own
 
 
+def _boxes(cfg: Config, checkpoint: str | None) -> dict[str, Any]:
+    """The mAP of a detector on the frozen backbone, see :func:`~ser_mm.experiments.boxes.box_map`."""
+    backbone = (cfg.model.get('algorithm') or cfg.model).backbone
+    root = Path(cfg.evaluation.val.get('data_root', 'data/tiny-imagenet-200'))
+    found = box_map(
+        checkpoint, cfg.randomness.seed, f'{cfg.work_dir}.boxes', root, backbone.to_dict()
+    )
+    return {f'box_{name.removeprefix("bbox_").lower()}': value for name, value in found.items()}
+
+
 def _cost(cfg: Config) -> dict[str, Any]:
     """What training took, and how its losses fell, from the log of the run."""
     records = read_scalars(cfg.work_dir)
@@ -261,6 +279,7 @@ def compare(
     jobs: int = 1,
     gpus: int | None = None,
     images: int = 1000,
+    train_images: int | None = None,
     num_workers: int = 0,
     solver: str | None = None,
 ) -> Path:
@@ -278,6 +297,8 @@ def compare(
         jobs (int): Runs that train at the same time. Defaults to 1.
         gpus (int, optional): See :func:`~ser_mm.experiments.runs.training`. Defaults to None.
         images (int): See :func:`measure`. Defaults to 1000.
+        train_images (int, optional): Training images, at equal distances, of the probes. Defaults
+            to None: all.
         num_workers (int): See :func:`measure`. Defaults to 0.
         solver (str, optional): See :func:`measure`. Defaults to None.
 
@@ -297,9 +318,18 @@ def compare(
         for seed in seeds
         for arm in arms
     }
+    if 'boxes' in measures and cfg.evaluation.val.type != 'TinyImageNet':
+        raise ValueError(
+            f"measures: 'boxes' is measured on the boxes of TinyImageNet, and evaluation.val is "
+            f'{cfg.evaluation.val.type}; leave it out.'
+        )
     trained = {f'{arm} (seed {seed})': own for (arm, seed), own in runs.items()}
     trained = {name: own for name, own in trained.items() if not name.startswith('untrained')}
     check_evaluation(cfg)
+    if train_images:
+        total = len(build_loader(cfg, 'train')[1].dataset)
+        for own in [cfg, *runs.values()]:
+            own.evaluation.train['indices'] = spaced_indices(total, train_images)
     for own in trained.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
@@ -310,6 +340,7 @@ def compare(
             epochs=cfg.train_cfg.max_epochs,
             batch_size=cfg.train_dataloader.batch_size,
             images=images,
+            train_images=train_images,
         ),
         runs=[],
     )
@@ -323,7 +354,7 @@ def compare(
             Path(own.work_dir).mkdir(parents=True, exist_ok=True)
             checkpoint = None if arm == 'untrained' else finished(own)
             layer = ser_layer(cfg, own)
-            wanted = [x for x in measures if x != 'cost' or arm != 'untrained']
+            wanted = [x for x in measures if x != 'cost' or arm not in ('untrained', 'supervised')]
             found = measure(own, checkpoint, layer, wanted, data, images, num_workers, solver)
             results['runs'].append(dict(arm=ARMS[arm], seed=seed, **found))
             write_text(file, json.dumps(results, indent=1) + '\n')

@@ -37,6 +37,27 @@ def test_the_momentum_branch_moves_once_per_optimizer_step(name, imagenet_tree, 
     assert moves(average) == [1, 5, 9]  # a copy at first, then in the pass after that
 
 
+@pytest.fixture
+def cudnn_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield torch.backends.cuda.cudnn_sdp_enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_attention_of_changing_lengths_is_not_by_cudnn(imagenet_tree, tmp_path, cudnn_attention):
+    for ratio in (0, 0.5):
+        short_run.run(
+            ALGORITHMS['mocov3'],
+            short_run.equivariant_views(ratio),
+            imagenet_tree,
+            tmp_path / str(ratio),
+            epochs=1,
+            hooks=[dict(type='EquivariantSplitHook')],
+        )
+        assert cudnn_attention() == (not ratio)
+
+
 class Watch(Hook):
     """In each iteration a random number, and the temperature of DINO's teacher."""
 
