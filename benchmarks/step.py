@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import ser_mm
 from ser_mm.engine.compiling import compile_backbones
+from ser_mm.engine.cpu import limit_operator_caches
 from ser_mm.evaluation.cost import TrainingStep, take_turns
 from ser_mm.evaluation.results import make_table
 from ser_mm.models import SERVisionTransformer
@@ -230,7 +231,8 @@ def precision_of(step: Any) -> str:
 
 
 def prepare() -> None:
-    """What a Runner would set up: scope and log level."""
+    """What training would set up: scope, log level and the caches of a CPU's operators."""
+    limit_operator_caches()
     init_default_scope('mmpretrain')
     MMLogger.get_instance('benchmark', log_level='ERROR')
 

@@ -37,6 +37,7 @@ from ser_mm.engine.cpu import (
     get_global_rank,
     get_local_rank,
     init_cpu_process_group,
+    limit_operator_caches,
 )
 from ser_mm.engine.hooks import check_device_views
 from ser_mm.engine.images import check_class_labels
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(args: argparse.Namespace, run: _Run) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    limit_operator_caches()  # before anything is computed
     # A field that no class takes is a TypeError.
     with one_sentence((*EXPECTED, TypeError), trust=args.trust_checkpoint):
         cfg = read_config(args.config)

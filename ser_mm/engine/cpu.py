@@ -75,6 +75,17 @@ def init_cpu_process_group(launcher: str, timeout: float | None = None) -> bool:
     return True
 
 
+def limit_operator_caches() -> None:
+    """Keep what oneDNN prepared for a size for 64 sizes only, unless the environment says else.
+
+    b2 has another number of tokens in every batch. In bfloat16 a process that kept what it prepared
+    for all of them grew by half (docs/howto/resume.md), and was no faster. oneDNN and what torch
+    has in front of it read these variables when they are first used.
+    """
+    for variable in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
+        os.environ.setdefault(variable, '64')
+
+
 def close_process_group() -> None:
     """Leave the process group, if there is one; the last thing that a distributed run does.
 

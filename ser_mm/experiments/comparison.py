@@ -5,7 +5,8 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from ser_mm.evaluation.dense import AFFINE, measure_dense, summarize_angles
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.metrics import paired_difference, rank_me
-from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
+from ser_mm.evaluation.results import (
+    describe_seeds,
+    format_mean,
+    make_table,
+    mean_and_deviation,
+)
 from ser_mm.evaluation.robustness import CORRUPTIONS, corrupted_datasets
 from ser_mm.experiments.boxes import box_map
 from ser_mm.experiments.figures import (
@@ -48,6 +54,7 @@ from ser_mm.experiments.sweeps import (
     ser_layer,
 )
 from ser_mm.files import read_kept, write_text
+from ser_mm.visualization import draw_curves
 
 ARMS = dict(
     untrained='untrained',
@@ -247,7 +254,7 @@ def _dense(found: dict[str, Any], layer: int) -> dict[str, Any]:
 
 
 def _boxes(cfg: Config, checkpoint: str | None) -> dict[str, Any]:
-    """The mAP of a detector on the frozen backbone, see :func:`~ser_mm.experiments.boxes.box_map`."""
+    """The mAP of a detector on the frozen backbone."""
     backbone = (cfg.model.get('algorithm') or cfg.model).backbone
     root = Path(cfg.evaluation.val.get('data_root', 'data/tiny-imagenet-200'))
     found = box_map(
@@ -336,6 +343,7 @@ def compare(
     results: dict[str, Any] = dict(
         about=dict(
             config=config.stem,
+            ser_layer=cfg.model.algorithm.backbone.ser_layer,
             cfg_options=dict(cfg_options),
             epochs=cfg.train_cfg.max_epochs,
             batch_size=cfg.train_dataloader.batch_size,
@@ -360,6 +368,7 @@ def compare(
             write_text(file, json.dumps(results, indent=1) + '\n')
     text = report_comparison(results)
     write_text(file.with_suffix('.md'), f'{text}\n')
+    draw_comparison(results, file.with_suffix(''))
     print(f'\n{text}\n\nResults are in {file} and .md.')
     return file
 
@@ -414,6 +423,67 @@ def report_comparison(results: dict[str, Any]) -> str:
         "are of Student's t, uncorrected for the number of comparisons."
     )
     return '\n\n'.join(tables)
+
+
+def draw_comparison(results: dict[str, Any], stem: Path) -> list[Path]:
+    """Draw what depends on the angle and on the block, with standard deviations over seeds.
+
+    Args:
+        results (dict): What :func:`compare` wrote.
+        stem (Path): Place and beginning of the names of the figures.
+
+    Returns:
+        list[Path]: The figures, ``..._angles.png`` and ``..._blocks.png``; none where nothing of
+        them was measured.
+    """
+    layer = results['about']['ser_layer']
+    figures: dict[str, dict[str, Callable[[dict], Mapping[Any, float]]]] = dict(
+        angles={
+            'linear probe': lambda run: {
+                x: entry['probe'] for x, entry in run['accuracy_by_angle'].items()
+            },
+            f'tokens matched, block {layer}': lambda run: _matched(run, layer - 1),
+            'tokens matched, last block': lambda run: _matched(run, -1),
+        },
+        blocks={
+            'R2, quarter turn': lambda run: _by_block(run['layers']['rot90'], 'r2'),
+            'R2, mixture': lambda run: _by_block(run['layers']['mixture'], 'r2'),
+            'tokens matched, affine': lambda run: _by_block(
+                run['correspondence'][AFFINE], 'matched'
+            ),
+            'position R2': lambda run: _by_block(run['position']['layers'], 'r2'),
+        },
+    )
+    drawn = []
+    for name, curves in figures.items():
+        panels: dict[str, dict[str, Any]] = {}
+        for title, curve in curves.items():
+            by_arm: dict[str, list[Mapping[Any, float]]] = {}
+            for run in results['runs']:
+                with suppress(KeyError):  # not measured
+                    by_arm.setdefault(run['arm'], []).append(curve(run))
+            panels[title] = {
+                arm: [
+                    (float(x), *mean_and_deviation([found[x] for found in some])) for x in some[0]
+                ]
+                for arm, some in by_arm.items()
+                if some
+            }
+        panels = {title: arms for title, arms in panels.items() if arms}
+        if panels:
+            drawn.append(stem.with_name(f'{stem.name}_{name}.png'))
+            draw_curves(panels, drawn[-1], dict(angles='degrees', blocks='block')[name], 2)
+    return drawn
+
+
+def _matched(run: dict, at: int) -> dict[str, float]:
+    """The share of tokens that are matched after a block, by angle."""
+    found = run['correspondence'].items()
+    return {angle: layers[at]['matched'] for angle, layers in found if angle != AFFINE}
+
+
+def _by_block(entries: Sequence[Mapping[str, float]], key: str) -> dict[int, float]:
+    return {i: entry[key] for i, entry in enumerate(entries, 1)}
 
 
 def _values(runs: Mapping[int, dict], key: str) -> list[float]:

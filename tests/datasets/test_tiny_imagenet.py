@@ -8,6 +8,7 @@ from mmpretrain.registry import DATASETS
 from pycocotools.coco import COCO
 
 from ser_mm.datasets import check_annotations, read_coco, write_tiny_imagenet_boxes
+from ser_mm.evaluation.data import check_classes
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
 
@@ -33,6 +34,13 @@ def test_images_labels_and_boxes_of_its_own_annotations(tmp_path):
     assert [val.get_data_info(i)['gt_label'] for i in range(3)] == [0, 1, 2]
     sample = val[0]
     assert sample['inputs'].shape == (3, 64, 64) and int(sample['data_samples'].gt_label) == 0
+
+
+def test_its_folders_are_not_taken_for_classes(tmp_path):
+    """val has one folder, images, which train has not."""
+    root = write_tiny_imagenet(tmp_path / 'tiny')
+    sets = {x: dict(type='TinyImageNet', data_root=str(root), split=x) for x in ('train', 'val')}
+    check_classes(sets)
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):

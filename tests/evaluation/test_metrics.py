@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ser_mm.evaluation import accuracy
+from ser_mm.evaluation.metrics import paired_difference, rank_me
 
 
 def test_accuracy_and_its_interval():
@@ -18,3 +21,25 @@ def test_accuracy_and_its_interval():
     assert result['top1_ci'] == pytest.approx(expected, abs=1e-6)
     votes = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     assert accuracy(votes, torch.tensor([1]))['top5'] == 0
+
+
+def test_rank_of_features():
+    assert rank_me(torch.eye(8)) == pytest.approx(8, abs=1e-4)  # its ceiling
+    assert rank_me(torch.ones(50, 8)) == pytest.approx(1, abs=1e-4)  # and its floor
+    # Singular values 3 and 1, by hand: shares 3/4 and 1/4.
+    expected = np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+    assert rank_me(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(expected, abs=1e-5)
+    features = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    assert rank_me(5 * features) == pytest.approx(rank_me(features), rel=1e-9)
+
+
+def test_paired_difference_is_that_of_scipy():
+    one, other = [0.61, 0.58, 0.66, 0.60], [0.59, 0.57, 0.60, 0.61]
+    found = paired_difference(one, other)
+    expected = scipy.stats.ttest_rel(one, other)
+    assert found['p'] == pytest.approx(expected.pvalue)
+    assert found['interval'] == pytest.approx(list(expected.confidence_interval()))
+    assert found['mean'] == pytest.approx(0.02) and found['positive'] == 3
+    assert paired_difference([1.0, 1.0], [1.0, 1.0])['p'] == 1
+    with pytest.raises(ValueError, match='give two or more'):
+        paired_difference([1.0], [2.0])

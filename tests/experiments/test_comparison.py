@@ -77,6 +77,10 @@ def test_whole_chain_goes_on_where_it_was(tmp_path, capsys):
     assert all(len(x) == 5 for x in run['corruptions_by_kind'].values())
     assert COLUMNS.keys() - run.keys() == {'box_map'}
     assert not list(tmp_path.glob('runs/*/*/ser.features'))
+    assert {x.name for x in file.parent.glob('*.png')} == {
+        'mocov3_tiny_imagenet_short_angles.png',
+        'mocov3_tiny_imagenet_short_blocks.png',
+    }
 
     capsys.readouterr()
     assert run_command('compare', '--tables', file) is None
