@@ -6,10 +6,12 @@ from .features import Embedder, extract_features, load_features
 from .knn import knn_probe, knn_votes
 from .linear import fit_linear_heads, linear_probe, select_linear_head
 from .metrics import accuracy
+from .probe_hook import ProbeHook
 
 __all__ = [
     'Embedder',
     'EquivarianceHook',
+    'ProbeHook',
     'accuracy',
     'build_backbone',
     'build_loader',

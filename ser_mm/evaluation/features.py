@@ -164,23 +164,40 @@ class Embedder(nn.Module):
         outputs = self.backbone(images)
         if self.layer is not None:
             return outputs[-1]
-        outputs = outputs[-self.blocks :] if isinstance(outputs, (tuple, list)) else [outputs]
-        if self.blocks > 1 and self.backbone.final_norm:
-            outputs = [*(self.backbone.ln1(x) for x in outputs[:-1]), outputs[-1]]
-        if isinstance(outputs[-1], (tuple, list)):  # [CLS] and distillation token, map and [CLS]
-            outputs = outputs[-1]
-        vectors = [x.mean(dim=(2, 3)) if x.ndim == 4 else x for x in outputs]
-        if not hasattr(self.backbone, 'out_type'):  # maps laid flat, (N, C, L)
-            vectors = [x.mean(dim=2) if x.ndim == 3 else x for x in vectors]
-        odd = next((x for x in vectors if x.ndim != 2), None)
-        if odd is not None:
-            raise ValueError(
-                f'The backbone gives {tuple(odd.shape)} for {len(images)} images, not a '
-                "vector or a map for each; set --cfg-options model.backbone.out_type='cls_token' "
-                '(model.algorithm.backbone... with SERAlgorithm).'
-            )
-        vectors = torch.cat(vectors, dim=1)
+        vectors = vectors_of(self.backbone, outputs, self.blocks)
         return self.head(vectors).argmax(dim=1) if self.head else vectors
+
+
+def vectors_of(backbone: nn.Module, outputs: Any, blocks: int = 1) -> Tensor:
+    """One vector for each image, from what a backbone gave for them, see :class:`Embedder`.
+
+    Args:
+        backbone (nn.Module): Of MMPretrain.
+        outputs (Any): Tensors, one after another, or one tensor.
+        blocks (int): Last outputs to take. Defaults to 1.
+
+    Returns:
+        Tensor: Shape (N, C).
+
+    Raises:
+        ValueError: If an output is no vector and no map.
+    """
+    outputs = outputs[-blocks:] if isinstance(outputs, (tuple, list)) else [outputs]
+    if blocks > 1 and backbone.final_norm:
+        outputs = [*(backbone.ln1(x) for x in outputs[:-1]), outputs[-1]]
+    if isinstance(outputs[-1], (tuple, list)):  # [CLS] and distillation token, map and [CLS]
+        outputs = outputs[-1]
+    vectors = [x.mean(dim=(2, 3)) if x.ndim == 4 else x for x in outputs]
+    if not hasattr(backbone, 'out_type'):  # maps laid flat, (N, C, L)
+        vectors = [x.mean(dim=2) if x.ndim == 3 else x for x in vectors]
+    odd = next((x for x in vectors if x.ndim != 2), None)
+    if odd is not None:
+        raise ValueError(
+            f'The backbone gives {tuple(odd.shape)} for {len(odd)} images, not a vector or a map '
+            "for each; set --cfg-options model.backbone.out_type='cls_token' "
+            '(model.algorithm.backbone... with SERAlgorithm).'
+        )
+    return torch.cat(vectors, dim=1)
 
 
 @torch.no_grad()

@@ -156,6 +156,7 @@ def rows(folder: Path) -> dict[str, Row]:
             lambda built: built.loss([*algorithms.two_views(4, 0), images], [None] * 4),
         ),
         EquivarianceHook=Row({}),
+        ProbeHook=Row({}),
         EquivariantSplitHook=Row({}),
         EquivariantViewPipeline=Row(typeless(short_run.equivariant_views(0.5)), views_of),
         ForeachCosineEMA=Row(dict(model=nn.Linear(2, 2)), average),
