@@ -333,10 +333,9 @@ def compare(
     trained = {f'{arm} (seed {seed})': own for (arm, seed), own in runs.items()}
     trained = {name: own for name, own in trained.items() if not name.startswith('untrained')}
     check_evaluation(cfg)
+    some = None
     if train_images:
-        total = len(build_loader(cfg, 'train')[1].dataset)
-        for own in [cfg, *runs.values()]:
-            own.evaluation.train['indices'] = spaced_indices(total, train_images)
+        some = spaced_indices(len(build_loader(cfg, 'train')[1].dataset), train_images)
     for own in trained.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
@@ -356,12 +355,13 @@ def compare(
         todo = sum(not finished(own) for own in trained.values())
         print(f'{len(runs)} runs, {todo} to train; logs are in {work_dir}', flush=True)
         train(trained, jobs, gpus)
-        data = stamp_data(cfg)
+        data = stamp_data(_with_train_images(cfg, some))
         for (arm, seed), own in runs.items():
             print(f'measuring {arm} (seed {seed})', flush=True)
             Path(own.work_dir).mkdir(parents=True, exist_ok=True)
             checkpoint = None if arm == 'untrained' else finished(own)
             layer = ser_layer(cfg, own)
+            own = _with_train_images(own, some)
             wanted = [x for x in measures if x != 'cost' or arm not in ('untrained', 'supervised')]
             found = measure(own, checkpoint, layer, wanted, data, images, num_workers, solver)
             results['runs'].append(dict(arm=ARMS[arm], seed=seed, **found))
@@ -371,6 +371,14 @@ def compare(
     draw_comparison(results, file.with_suffix(''))
     print(f'\n{text}\n\nResults are in {file} and .md.')
     return file
+
+
+def _with_train_images(cfg: Config, indices: Sequence[int] | None) -> Config:
+    """A config whose probes learn from some of the training images."""
+    cfg = deepcopy(cfg)
+    if indices is not None:
+        cfg.evaluation.train['indices'] = indices
+    return cfg
 
 
 def report_comparison(results: dict[str, Any]) -> str:
