@@ -1,7 +1,7 @@
 r"""What the token maps of a frozen backbone are good for.
 
-Correspondence of tokens under known warps, accuracy against angle, and how well the place of a
-token can be read from it, block by block:
+Correspondence of tokens under known warps, accuracy against angle, how well the place of a token
+can be read from it, and segmentation of images with masks, block by block:
 
     ser-mm dense ser_mocov3_vits16 work_dirs/ser_mocov3_vits16/epoch_100.pth
 """
@@ -30,7 +30,7 @@ from ser_mm.cli._arguments import (
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import set_options
 from ser_mm.evaluation.data import check_evaluation
-from ser_mm.evaluation.dense import MEASURES, measure_dense, report_dense
+from ser_mm.evaluation.dense import MEASURES, check_measures, measure_dense, report_dense
 from ser_mm.evaluation.results import write_results
 
 
@@ -45,8 +45,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--measures',
         nargs='+',
         choices=MEASURES,
-        default=MEASURES,
-        help='what to measure (default: all)',
+        help='what to measure (default: all, segmentation where --masks is given)',
+    )
+    parser.add_argument(
+        '--masks',
+        type=place,
+        help='of segmentation, folder with train/images, train/masks, val/images and val/masks: a '
+        'PNG for each image with the class of each pixel, 255 for none',
     )
     parser.add_argument(
         '--layers',
@@ -104,6 +109,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out.suffix != '.json':
         parser.error(f'--out {args.out}: name a file that ends in .json.')
+    try:
+        args.measures = check_measures(args.measures, args.masks)
+    except ValueError as error:
+        parser.error(f'--{error}')
     return args
 
 
@@ -133,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.layers,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        masks=args.masks,
         **settings,
     )
     about = dict(config=args.config, checkpoint=args.checkpoint, torch=torch.__version__)
+    settings['masks'] = args.masks and str(args.masks)
     results = {**about, **settings, 'results': found}
     write_results(args.out.parent, args.out.stem, results, report_dense(found))
 

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -12,28 +13,49 @@ from torch import Tensor
 from ser_mm.evaluation.angles import accuracy_by_angle
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.correspondence import correspondence_by_layer
-from ser_mm.evaluation.data import spaced_images, spaced_labelled
+from ser_mm.evaluation.data import build_preprocessor, spaced_images, spaced_labelled
 from ser_mm.evaluation.features import Embedder
 from ser_mm.evaluation.positions import pixels_as_map, position_by_layer
 from ser_mm.evaluation.results import make_table
+from ser_mm.evaluation.segmentation import (
+    count_classes,
+    find_pairs,
+    read_pairs,
+    segmentation_by_layer,
+)
 from ser_mm.evaluation.warping import draw_warps, rotations
 
-MEASURES = ('correspondence', 'angle', 'position')
+MEASURES = ('correspondence', 'angle', 'position', 'segmentation')
 """Measures of :func:`measure_dense`."""
 
 AFFINE = 'affine'
 """Name of the warps that are drawn, beside the angles."""
 
 
-def check_measures(measures: Sequence[str]) -> None:
+def check_measures(measures: Sequence[str] | None, masks: str | Path | None) -> list[str]:
     """Check names of measures.
 
+    Args:
+        measures (Sequence[str], optional): Of ``MEASURES``. None for all, 'segmentation' only where
+            there are masks.
+        masks (str | Path, optional): See :func:`measure_dense`.
+
+    Returns:
+        list[str]: The measures.
+
     Raises:
-        ValueError: If one is not in ``MEASURES``, or none is given.
+        ValueError: If one is not in ``MEASURES``, none is given, or 'segmentation' has no masks.
     """
+    if measures is None:
+        return [x for x in MEASURES if x != 'segmentation' or masks is not None]
     unknown = sorted(set(measures) - set(MEASURES))
     if unknown or not measures:
         raise ValueError(f'measures={list(measures)}: choose one or more of {", ".join(MEASURES)}.')
+    if 'segmentation' in measures and masks is None:
+        raise ValueError(
+            "measures: 'segmentation' needs masks, a folder of images and their masks."
+        )
+    return list(measures)
 
 
 def select_maps(
@@ -79,7 +101,7 @@ def select_maps(
 def measure_dense(
     cfg: Config,
     checkpoint: str | None,
-    measures: Sequence[str] = MEASURES,
+    measures: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     images: int = 200,
     train_images: int = 5000,
@@ -89,13 +111,15 @@ def measure_dense(
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
+    masks: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure the token maps of a frozen network.
 
     Args:
         cfg (Config): Config of a run, with ``evaluation``.
         checkpoint (str, optional): Its weights. None for the untrained network.
-        measures (Sequence[str]): Of ``MEASURES``, all by default.
+        measures (Sequence[str], optional): Of ``MEASURES``. Defaults to None: all, 'segmentation'
+            where ``masks`` is given.
         layers (Sequence[int], optional): Blocks of a ViT or stages of a ResNet, counted from 1.
             Defaults to None: all. 'angle' looks at the final representation.
         images (int): Validation images, at most, at equal distances. Defaults to 200.
@@ -108,6 +132,8 @@ def measure_dense(
         batch_size (int): Images per step. Defaults to 64.
         num_workers (int): Processes that read images. Defaults to 0.
         seed (int): Of the untrained network and of what is drawn. Defaults to 0.
+        masks (str | Path, optional): Of 'segmentation', see
+            :func:`~ser_mm.evaluation.segmentation.find_pairs`. Defaults to None.
 
     Returns:
         dict[str, Any]: ``layers``, the numbers of the blocks, none for 'angle' alone, and by
@@ -120,19 +146,24 @@ def measure_dense(
         - ``position``: ``layers``, see :func:`~ser_mm.evaluation.positions.position_by_layer`, and
           ``pixels``, the same of the pixels of the patches of the first block; None where these
           are no squares of up to 32 pixels.
+        - ``segmentation``: ``classes``, their number, and what
+          :func:`~ser_mm.evaluation.segmentation.segmentation_by_layer` returned.
 
     Raises:
+        FileNotFoundError: If there are no images to segment, or a mask is missing.
         ValueError: If a measure or a block is unknown, an image cannot be read, or the network
             gives no maps.
     """
-    check_measures(measures)
+    measures = check_measures(measures, masks)
+    pairs = {x: find_pairs(masks, x) for x in ('train', 'val')} if masks is not None else {}
     set_random_seed(seed)
     network = Embedder(cfg, checkpoint)
     found: dict[str, Any] = dict(layers=[])
     reading = dict(batch_size=batch_size, num_workers=num_workers)
     if set(measures) - {'angle'}:  # what cannot be measured is told before what takes long
         with token_maps_of(network.backbone) as all_maps:
-            maps = select_maps(all_maps, layers)(next(spaced_images(cfg, 'val', 1)))
+            image = next(spaced_images(cfg, 'val', 1))
+            maps = select_maps(all_maps, layers)(image)
         found['layers'] = list(layers or range(1, len(maps) + 1))
     if 'angle' in measures:
         print('accuracy against angle', flush=True)
@@ -152,6 +183,16 @@ def measure_dense(
             train = spaced_images(cfg, 'train', train_images, **reading)
             val = spaced_images(cfg, 'val', images, **reading)
             found['position'] = _position(token_maps, len(found['layers']), train, val)
+        if 'segmentation' in measures:
+            print('segmentation', flush=True)
+            classes = max(count_classes(some) for some in pairs.values())
+            preprocessor = build_preprocessor(cfg)
+            train, val = (
+                read_pairs(pairs[x], image.shape[-2:], preprocessor, batch_size)
+                for x in ('train', 'val')
+            )
+            scores = segmentation_by_layer(token_maps, train, val, classes)
+            found['segmentation'] = dict(classes=classes, **scores)
     return found
 
 
@@ -186,6 +227,8 @@ def report_dense(results: dict[str, Any]) -> str:
         tables.append(_report_angle(results['angle']))
     if 'position' in results:
         tables.append(_report_position(results['position'], header))
+    if 'segmentation' in results:
+        tables.append(_report_segmentation(results['segmentation'], header))
     return '\n\n'.join(tables)
 
 
@@ -231,6 +274,16 @@ def _report_position(scores: dict[str, Any], header: list[str]) -> str:
         for key, title in titles.items()
     ]
     return make_table(['position', *header, 'pixels'], rows)
+
+
+def _report_segmentation(scores: dict[str, Any], header: list[str]) -> str:
+    rows = []
+    for key, title in dict(linear='linear probe', nearest='nearest tokens').items():
+        pixels = scores[f'{key}_pixels']
+        rows.append([title, *scores[key], math.nan if pixels is None else pixels])
+    for key in ('floor', 'ceiling'):
+        rows.append([key, *(scores[key] for _ in header), '-'])
+    return make_table([f'mIoU, {scores["classes"]} classes', *header, 'pixels'], rows)
 
 
 def summarize_angles(scores: dict[str, Any]) -> dict[str, list[Any]]:

@@ -18,7 +18,8 @@ from ser_mm.evaluation.linear import fit_classifier
 from ser_mm.evaluation.metrics import rank_me
 from ser_mm.evaluation.reading import read_batches, refuse
 
-MEASURES = ('knn', 'linear', 'rankme')
+Measure = Literal['knn', 'linear', 'rankme']
+MEASURES: tuple[Measure, ...] = ('knn', 'linear', 'rankme')
 
 
 @HOOKS.register_module()
@@ -62,7 +63,7 @@ class ProbeHook(Hook):
         train_images: Positive = 5000,
         val_images: Positive = 1000,
         interval: Positive = 1,
-        measures: Annotated[Sequence[Literal['knn', 'linear', 'rankme']], filled] = MEASURES,
+        measures: Annotated[Sequence[Measure], filled] = MEASURES,
         batch_size: Positive = 256,
         num_workers: Natural = 0,
     ) -> None:
