@@ -17,7 +17,7 @@ from ser_mm.evaluation.positions import pixels_as_map
 IGNORED = 255
 """Label of pixels that do not count."""
 _TOKENS = 20_000
-"""Training tokens that are kept, at most, at equal distances."""
+"""Training tokens that are kept, at most."""
 _NEIGHBOURS, _TEMPERATURE = 30, 0.02
 
 
@@ -119,6 +119,25 @@ def mean_iou(counts: Tensor) -> float:
     return float((hits[there] / union[there]).mean()) if there.any() else math.nan
 
 
+class _Kept:
+    """Every n-th row of what is added, n the smallest power of 2 that leaves ``_TOKENS``."""
+
+    def __init__(self) -> None:
+        self.rows: tuple[Tensor, ...] = ()
+        self.seen, self.step = 0, 1
+
+    def add(self, *rows: Tensor) -> None:
+        chosen = slice(-self.seen % self.step, None, self.step)
+        self.seen += len(rows[0])
+        new = [x[chosen] for x in rows]
+        self.rows = (
+            tuple(map(torch.cat, zip(self.rows, new, strict=True))) if self.rows else (*new,)
+        )
+        while len(self.rows[0]) > _TOKENS:
+            self.rows = tuple(x[::2].clone() for x in self.rows)
+            self.step *= 2
+
+
 class _Bank:
     """Tokens of one map and what is in their patches; and what these say of other tokens."""
 
@@ -172,7 +191,7 @@ def segmentation_by_layer(
       classes in their patches, weighted by a softmax of temperature 0.02 (in-context retrieval,
       Balazevic et al., NeurIPS 2023, in its simplest form). Scaled up likewise.
 
-    Of the training tokens with a class at most 20,000, at equal distances, are used.
+    Of the training tokens with a class at most 20,000, every 2nd, 4th, ..., are used.
 
     Args:
         token_maps (Callable): Maps images (N, 3, H, W) to token maps (N, C, h, w), one per layer,
@@ -200,22 +219,18 @@ def segmentation_by_layer(
         pixels = pixels_as_map(images, maps[0].shape[-2:])
         return maps if pixels is None else [*maps, pixels.float().cpu()]
 
-    kept: list[list[tuple[Tensor, Tensor]]] = []
+    kept: list[_Kept] = []
     for images, masks in train:
         maps = maps_of(images)
-        kept = kept or [[] for _ in maps]
+        kept = kept or [_Kept() for _ in maps]
         for own, f in zip(kept, maps, strict=True):
             shares = _rows(patch_shares(masks, f.shape[-2:], classes))
             counted = shares.sum(1) > 0
-            own.append((_rows(f)[counted], shares[counted]))
-    banks = []
-    for own in kept:
-        tokens, shares = (torch.cat(x) for x in zip(*own, strict=True))
-        if not len(tokens):
-            raise ValueError(f'train: no pixel has a class from 0 to {classes - 1}; look at masks.')
-        chosen = torch.arange(min(len(tokens), _TOKENS)) * len(tokens) // min(len(tokens), _TOKENS)
-        banks.append(_Bank(tokens[chosen], shares[chosen]))
-        frequent = int(shares.sum(0).argmax())
+            own.add(_rows(f)[counted], shares[counted])
+    if not kept or not kept[0].seen:
+        raise ValueError(f'train: no pixel has a class from 0 to {classes - 1}; look at the masks.')
+    banks = [_Bank(*own.rows) for own in kept]
+    frequent = int(kept[0].rows[1].sum(0).argmax())
     counts: dict[str, list[Tensor]] = {
         name: [torch.zeros(classes, classes, dtype=torch.int64) for _ in banks]
         for name in ('linear', 'nearest')
