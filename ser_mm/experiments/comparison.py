@@ -257,7 +257,12 @@ def measure(
 
 def _add_corruptions(cfg: Config, images: int) -> list[str]:
     """Add the corrupted validation images, each made once for all runs, to ``evaluation``."""
-    names = corrupted_datasets(dict(cfg.evaluation.val, indices=images), CORRUPTIONS)
+    given = cfg.evaluation.val.get('indices')
+    if isinstance(given, Sequence):
+        indices = list(given[:images])
+    else:
+        indices = images if given is None else min(given, images)
+    names = corrupted_datasets(dict(cfg.evaluation.val, indices=indices), CORRUPTIONS)
     for name, dataset in names.items():
         *once, pack = dataset['pipeline']
         cfg.evaluation[name] = dict(
@@ -380,6 +385,8 @@ def compare(
     some = None
     if train_images:
         some = spaced_indices(len(build_loader(cfg, 'train')[1].dataset), train_images)
+        given = cfg.evaluation.train.get('indices')
+        some = [given[i] for i in some] if isinstance(given, Sequence) else some
     for own in runs.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
@@ -392,6 +399,7 @@ def compare(
             batch_size=cfg.train_dataloader.batch_size,
             images=images,
             train_images=train_images,
+            solver=solver,
         ),
         runs=[],
     )

@@ -123,6 +123,17 @@ def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch)
     assert len(folders) == len(set(folders)) == 2
 
 
+@pytest.mark.parametrize(
+    ('given', 'expected'), [(None, 3), (2, 2), (9, 3), ([7, 5], [7, 5]), ([7, 5, 1, 2], [7, 5, 1])]
+)
+def test_corruptions_are_of_the_validation_images_that_were_asked_for(given, expected):
+    options = {} if given is None else {'evaluation.val.indices': given}
+    cfg = load_base(find_config(CONFIG), options)
+    names = comparison._add_corruptions(cfg, 3)
+    assert len(names) == 75
+    assert all(cfg.evaluation[name].dataset.indices == expected for name in names)
+
+
 def test_settings_of_the_untrained_network_are_kept(tmp_path):
     root = write_tiny_imagenet(tmp_path / 'tiny')
     data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
