@@ -8,8 +8,9 @@ longest, and the places where the host waits for the device (``operators``); pho
 device, images a second (``photometry``); what the allocator takes and how long steps take that have
 another grid of b2 each, at first and when they are seen again (``grids``); DDP with synchronised
 BatchNorm in one process, and in two, which share a device by gloo where there is one only
-(``ranks``). ``--parts`` chooses among these. Each result is written to the JSON file as it comes.
-Without a GPU all runs on the CPU, at a size to be chosen, as a trial:
+(``ranks``). ``--parts`` chooses among these; ``--no-cudnn-attention`` is
+how SER trains. Each result is written to the JSON file as it comes. Without a GPU all runs on the
+CPU, at a size to be chosen, as a trial:
 
     python benchmarks/gpu.py --batch-size 4 --equi-ratio 0.5 --steps 1 --warmup 0 --backend eager
 """
@@ -186,6 +187,7 @@ def _rank(rank: int, folder: str, args: argparse.Namespace, precision: str) -> N
         backend, f'file://{folder}/store', rank=rank, world_size=2, timeout=timedelta(minutes=2)
     )
     prepare()
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn_attention)
     options = argparse.Namespace(**{**vars(args), 'batch_size': max(2, args.batch_size // 2)})
     result = _ddp(options, precision)
     if rank == 0:
@@ -247,10 +249,16 @@ def main() -> None:
         '--precisions', nargs='+', choices=PRECISIONS, default=['bfloat16', 'float16']
     )
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS)
+    parser.add_argument(
+        '--no-cudnn-attention',
+        action='store_true',
+        help='attention not by cuDNN, as EquivariantSplitHook has it in training',
+    )
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmarks/gpu.json'))
     args = parser.parse_args()
     check_step_arguments(parser, args)
     prepare()
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn_attention)
     results: dict[str, Any] = dict(
         about=dict(
             device=device_name(),
@@ -259,6 +267,7 @@ def main() -> None:
             batch_size=args.batch_size,
             b2=round(args.equi_ratio * args.batch_size),
             steps=args.steps,
+            cudnn_attention=not args.no_cudnn_attention,
         )
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -25,6 +26,7 @@ from mmengine.logging import MMLogger
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_cfg_options,
+    check_writable,
     make_parser,
     one_sentence,
     place,
@@ -110,10 +112,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='folder of the results (default: %(default)s)',
     )
     parser.add_argument(
-        '--tables', type=Path, metavar='JSON', help='print the tables of these results, and end'
+        '--tables', type=place, metavar='JSON', help='print the tables of these results, and end'
     )
     add_cfg_options(parser, 'override fields of the config of all runs')
     return parser.parse_args(argv)
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    """What a comparison wrote."""
+    if not file.is_file():
+        raise FileNotFoundError(f'--tables {file} is no file; name the JSON of a comparison.')
+    try:
+        found = json.loads(file.read_text())
+        whole = bool(found['runs']) and all({'arm', 'seed'} <= run.keys() for run in found['runs'])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f'--tables {file} holds no runs of a comparison; name the JSON of one.')
+    return found
 
 
 @one_sentence(interrupted=INTERRUPTED)
@@ -125,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     if args.tables:
-        print(report_comparison(json.loads(args.tables.read_text())))
+        print(report_comparison(_read_results(args.tables)))
         return
+    check_writable('--work-dir', args.work_dir)
+    check_writable('--out', args.out)
     MMLogger.get_instance('compare', log_level='WARNING')
     config = find_config(args.config)
     compare(

@@ -66,7 +66,8 @@ class TinyImageNet(BaseDataset):
         images = []
         if self.split == 'val':
             for line in self._lines(f'{root}/val/val_annotations.txt'):
-                file, name, *box = line.split('\t')
+                file, _, rest = line.partition('\t')
+                name, *box = rest.split('\t')
                 images.append((f'{root}/val/images/{file}', name, box))
         else:
             for name in names:

@@ -107,7 +107,7 @@ class EquivariantSplitHook(Hook):
     Where there is a b2, attention does not run by cuDNN from then on. cuDNN plans for each number
     of tokens, and b2 has another in almost every batch: on an H200, steps of a ViT-S/16 with grids
     not seen before took 3.2 times as long as with it off, and those with grids seen before no less
-    (``benchmarks/gpu.py --parts grids``).
+    (``benchmarks/gpu.py --parts grids``, with ``--no-cudnn-attention`` and without).
     """
 
     priority = 'VERY_HIGH'

@@ -8,19 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
+from mmpretrain.registry import MODELS
 
 from ser_mm.engine.logs import read_scalars
+from ser_mm.engine.operators import require_operators
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.cost import count_step
 from ser_mm.evaluation.data import (
     build_loader,
     check_evaluation,
+    dataset_of,
     spaced_images,
     spaced_indices,
 )
@@ -48,6 +52,7 @@ from ser_mm.experiments.sweeps import (
     CONFIG,
     LOSS_WEIGHT,
     NAME,
+    SER_LAYER,
     Point,
     load_base,
     run_config,
@@ -109,21 +114,46 @@ def arm_config(
         cfg_options (Mapping[str, Any]): See :func:`~ser_mm.experiments.sweeps.run_config`.
 
     Raises:
-        ValueError: If there is no config of the arm.
+        ValueError: If there is no config of the arm, or the network has no [CLS] to move.
     """
-    base = Path(cfg.filename).stem.removeprefix('ser_')
+    config = Path(cfg.filename)
+    supervised = f'supervised_{config.stem.removeprefix("ser_").partition("_")[2]}'
+    if arm == 'supervised' and not config.with_name(f'{supervised}.py').is_file():
+        raise ValueError(
+            f'arms: {config} has no {supervised}.py beside it; leave supervised out, or write it.'
+        )
     backbone = cfg.model.algorithm.backbone
-    layer = backbone.get('cls_layer') or backbone.ser_layer
-    point: Point | None = {
-        'late_cls': {CONFIG: base, NAME: 'late_cls', 'model.backbone.cls_layer': layer},
+    kind = MODELS.get(backbone.type)  # None if there is no such type, which is told later
+    if (
+        arm in ('late_cls', 'ser_early_cls')
+        and kind
+        and 'cls_layer' not in signature(kind).parameters
+    ):
+        raise ValueError(
+            f'arms: {arm} is of a ViT, and model.algorithm.backbone is {kind.__name__}, which has '
+            'no [CLS] to move; leave it out.'
+        )
+    points: dict[str, Point] = {
         'views_only': {LOSS_WEIGHT: 0.0},
         'ser': {},
         'ser_early_cls': {CLS_LAYER: 0},
-        'supervised': {CONFIG: f'supervised_{base.partition("_")[2]}', NAME: 'supervised'},
-    }.get(arm)
-    own = run_config(cfg, point, seed, work_dir, cfg_options)
-    if arm == 'untrained':
+        'supervised': {CONFIG: supervised, NAME: arm},
+    }
+    own = run_config(cfg, points.get(arm), seed, work_dir, cfg_options)
+    if arm in ('untrained', 'late_cls'):
         own.work_dir = str(Path(own.work_dir).with_name(arm))
+    if arm == 'late_cls':
+        layer = backbone.get('cls_layer')
+        own.model.backbone.cls_layer = backbone.ser_layer if layer is None else layer
+    if arm == 'supervised':  # the same network
+        own.merge_from_dict(
+            {
+                place.replace('.algorithm', '', 1): value
+                for place, value in cfg_options.items()
+                if place.startswith('model.algorithm.backbone.')
+                and place not in (SER_LAYER, CLS_LAYER)
+            }
+        )
     return own
 
 
@@ -167,6 +197,8 @@ def measure(
     digest = hashlib.sha256()
     for values in source.network.backbone.state_dict().values():
         digest.update(values.cpu().numpy().tobytes())
+    # A detector is kept by the weights that it was trained on.
+    detector = Path(f'{cfg.work_dir}.boxes-{digest.hexdigest()[:8]}')
     digest.update(repr((cfg.evaluation, layer)).encode())
     about = dict(digest=digest.hexdigest(), data=data, images=images, solver=solver)
     kept = read_kept(file, lambda x: json.loads(x.read_text())) or {}
@@ -207,7 +239,7 @@ def measure(
                 layer,
             )
         elif name == 'boxes':
-            found = _boxes(cfg, checkpoint)
+            found = _boxes(cfg, checkpoint, detector)
         else:
             found = _cost(cfg)
         kept[name] = found | dict(seconds=time.monotonic() - start)
@@ -225,7 +257,12 @@ def measure(
 
 def _add_corruptions(cfg: Config, images: int) -> list[str]:
     """Add the corrupted validation images, each made once for all runs, to ``evaluation``."""
-    names = corrupted_datasets(dict(cfg.evaluation.val, indices=images), CORRUPTIONS)
+    given = cfg.evaluation.val.get('indices')
+    if isinstance(given, Sequence):
+        indices = list(given[:images])
+    else:
+        indices = images if given is None else min(given, images)
+    names = corrupted_datasets(dict(cfg.evaluation.val, indices=indices), CORRUPTIONS)
     for name, dataset in names.items():
         *once, pack = dataset['pipeline']
         cfg.evaluation[name] = dict(
@@ -253,13 +290,11 @@ def _dense(found: dict[str, Any], layer: int) -> dict[str, Any]:
     return own
 
 
-def _boxes(cfg: Config, checkpoint: str | None) -> dict[str, Any]:
-    """The mAP of a detector on the frozen backbone."""
+def _boxes(cfg: Config, checkpoint: str | None, work_dir: Path) -> dict[str, Any]:
+    """The mAP of a detector on the frozen backbone, which is kept in a folder."""
     backbone = (cfg.model.get('algorithm') or cfg.model).backbone
     root = Path(cfg.evaluation.val.get('data_root', 'data/tiny-imagenet-200'))
-    found = box_map(
-        checkpoint, cfg.randomness.seed, f'{cfg.work_dir}.boxes', root, backbone.to_dict()
-    )
+    found = box_map(checkpoint, cfg.randomness.seed, work_dir, root, backbone.to_dict())
     return {f'box_{name.removeprefix("bbox_").lower()}': value for name, value in found.items()}
 
 
@@ -273,6 +308,22 @@ def _cost(cfg: Config) -> dict[str, Any]:
         gflops=step['flops'] / 1e9,
         step_seconds=statistics.median([r['time'] for r in records]) if records else None,
     )
+
+
+def _check_boxes(cfg: Config) -> None:
+    """Check that a detector can be trained on the backbone, before those are trained."""
+    val, backbone = dataset_of(cfg, 'val'), cfg.model.algorithm.backbone
+    if val['type'] != 'TinyImageNet':
+        raise ValueError(
+            f"measures: 'boxes' is measured on the boxes of TinyImageNet, and evaluation.val is "
+            f'{val["type"]}; leave it out.'
+        )
+    if not isinstance(backbone.get('arch'), dict) or backbone.get('patch_size') != 8:
+        raise ValueError(
+            "measures: 'boxes' needs a ViT of patches of 8 whose arch is a dict, and "
+            f'model.algorithm.backbone is {backbone.to_dict()}; leave it out.'
+        )
+    require_operators("measures: 'boxes'")
 
 
 def compare(
@@ -315,6 +366,7 @@ def compare(
     Raises:
         BlockingIOError: If another process trains or measures one of the runs.
         FileNotFoundError: If data is missing.
+        ImportError: If boxes are to be measured and MMDetection cannot run.
         RunError: If a run fails.
         ValueError: If the config or a run is refused.
     """
@@ -325,18 +377,17 @@ def compare(
         for seed in seeds
         for arm in arms
     }
-    if 'boxes' in measures and cfg.evaluation.val.type != 'TinyImageNet':
-        raise ValueError(
-            f"measures: 'boxes' is measured on the boxes of TinyImageNet, and evaluation.val is "
-            f'{cfg.evaluation.val.type}; leave it out.'
-        )
+    if 'boxes' in measures:
+        _check_boxes(cfg)
     trained = {f'{arm} (seed {seed})': own for (arm, seed), own in runs.items()}
     trained = {name: own for name, own in trained.items() if not name.startswith('untrained')}
     check_evaluation(cfg)
     some = None
     if train_images:
         some = spaced_indices(len(build_loader(cfg, 'train')[1].dataset), train_images)
-    for own in trained.values():
+        given = cfg.evaluation.train.get('indices')
+        some = [given[i] for i in some] if isinstance(given, Sequence) else some
+    for own in runs.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
     results: dict[str, Any] = dict(
@@ -348,6 +399,7 @@ def compare(
             batch_size=cfg.train_dataloader.batch_size,
             images=images,
             train_images=train_images,
+            solver=solver,
         ),
         runs=[],
     )
@@ -359,6 +411,8 @@ def compare(
         for (arm, seed), own in runs.items():
             print(f'measuring {arm} (seed {seed})', flush=True)
             Path(own.work_dir).mkdir(parents=True, exist_ok=True)
+            # Of one that is not trained, too, as its weights do not tell all settings.
+            write_text(f'{own.work_dir}.py', own.pretty_text)
             checkpoint = None if arm == 'untrained' else finished(own)
             layer = ser_layer(cfg, own)
             own = _with_train_images(own, some)

@@ -195,7 +195,8 @@ def run_config(
         seed (int): Seed of the run.
         work_dir (Path): Folder of all sweeps.
         cfg_options (Mapping[str, Any]): What :func:`load_base` was given. The base algorithm takes
-            over what is not of SER, another method what is not of a model.
+            over what is not of SER, so neither its layer nor the place of [CLS]; another method
+            what is not of a model.
 
     Raises:
         ValueError: If there is no config of the base algorithm, or of another method.
@@ -216,6 +217,8 @@ def run_config(
             raise ValueError(f'{config} has no baseline {file.name} beside it, to compare with.')
         name, own = 'baseline', Config.fromfile(file)
         for place, value in cfg_options.items():
+            if place in (SER_LAYER, CLS_LAYER):
+                continue  # the base algorithm's [CLS] would follow SER's layer
             if place.startswith('model.algorithm.'):
                 own.merge_from_dict({place.replace('.algorithm', '', 1): value})
             elif place != EQUI_RATIO and not place.startswith('model.'):

@@ -50,6 +50,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     notes = root / 'val' / 'val_annotations.txt'
     for line, told in {
         'val_3.JPEG\tn00000099\t1\t2\t3\t4': "class 'n00000099'",
+        'val_3.JPEG': "class ''",
         'val_3.JPEG\tn00000010\t1\t2\t3': re.escape("box ['1', '2', '3']"),
     }.items():
         before = notes.read_text()

@@ -1,11 +1,22 @@
 """Arms of a comparison on generated images in Tiny ImageNet's layout."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from ser_mm.engine.configs import find_config
 from ser_mm.evaluation.robustness import CORRUPTIONS
-from ser_mm.experiments.comparison import COLUMNS, MEASURES, report_comparison
+from ser_mm.experiments import comparison
+from ser_mm.experiments.comparison import (
+    ARMS,
+    COLUMNS,
+    MEASURES,
+    arm_config,
+    measure,
+    report_comparison,
+)
+from ser_mm.experiments.sweeps import load_base
 from tests.support.command import run_command
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
@@ -36,6 +47,117 @@ def test_arm_of_other_seeds_is_shown_and_not_compared():
     found['runs'][-1]['seed'] = 7
     text = report_comparison(found)
     assert '| runs         |             2 |     1 |' in text and 'SER - baseline' not in text
+
+
+def arms(config=CONFIG, names=ARMS, **options):
+    cfg = load_base(find_config(config), options)
+    return {name: arm_config(cfg, name, 0, Path('work'), options) for name in names}
+
+
+def test_options_reach_every_arm_that_has_them():
+    found = arms(
+        **{
+            'model.algorithm.backbone.drop_path_rate': 0.1,
+            'model.algorithm.backbone.ser_layer': 3,
+            'model.algorithm.base_momentum': 0.02,
+            'model.head.temperature': 0.3,
+            'train_dataloader.batch_size': 64,
+        }
+    )
+    assert len({cfg.work_dir for cfg in found.values()}) == len(ARMS)
+    backbones, momenta = {}, {}
+    for name, cfg in found.items():
+        assert cfg.train_dataloader.batch_size == 64
+        algorithm = cfg.model.get('algorithm') or cfg.model
+        momenta[name] = algorithm.get('base_momentum')
+        backbones[name] = algorithm.backbone
+    assert momenta.pop('supervised') is None and set(momenta.values()) == {0.02}
+    assert {x.drop_path_rate for x in backbones.values()} == {0.1}
+    # SER's layer moves [CLS] where SER has it, and nowhere else.
+    layers = {name: (x.get('ser_layer'), x.get('cls_layer')) for name, x in backbones.items()}
+    assert layers == dict(
+        untrained=(None, None),
+        baseline=(None, None),
+        late_cls=(None, 3),
+        views_only=(3, None),
+        ser=(3, None),
+        ser_early_cls=(3, 0),
+        supervised=(None, None),
+    )
+
+
+def test_late_cls_is_where_ser_has_it():
+    for layer in (0, 1):
+        options = {'model.algorithm.backbone.cls_layer': layer}
+        found = arms(names=['late_cls', 'baseline'], **options)
+        assert found['late_cls'].model.backbone.cls_layer == layer
+        assert 'cls_layer' not in found['baseline'].model.backbone
+
+
+def test_arms_that_a_config_has_not_are_refused():
+    with pytest.raises(ValueError, match=r'^arms: .* no supervised_tiny_imagenet\.py .* leave'):
+        arms('tiny_imagenet/ser_mocov3_tiny_imagenet')
+    for arm in ('late_cls', 'ser_early_cls'):
+        with pytest.raises(ValueError, match=f'^arms: {arm} is of a ViT, .* SERResNet'):
+            arms('ser_barlowtwins_r50', [arm])
+
+
+def test_boxes_that_cannot_be_measured_are_refused_before_training(tmp_path):
+    root = write_tiny_imagenet(tmp_path / 'tiny')
+    places = ['--work-dir', tmp_path / 'runs', '--out', tmp_path / 'out']
+    data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
+    options = ['--cfg-options', 'model.algorithm.backbone.patch_size=4', *data]
+    said = run_command('compare', '--config', CONFIG, *places, *options)
+    assert said.startswith("error: measures: 'boxes' needs a ViT of patches of 8")
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(comparison, 'box_map', lambda *x: folders.append(x[2]) or dict(bbox_mAP=0))
+    cfg = load_base(find_config(CONFIG), {})
+    for seed in (0, 0, 1):
+        own = arm_config(cfg, 'untrained', seed, tmp_path, {})
+        own.work_dir = str(tmp_path / 'run')
+        assert measure(own, None, 2, ['boxes'], 'images') == dict(box_map=0)
+    assert len(folders) == len(set(folders)) == 2
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'), [(None, 3), (2, 2), (9, 3), ([7, 5], [7, 5]), ([7, 5, 1, 2], [7, 5, 1])]
+)
+def test_corruptions_are_of_the_validation_images_that_were_asked_for(given, expected):
+    options = {} if given is None else {'evaluation.val.indices': given}
+    cfg = load_base(find_config(CONFIG), options)
+    names = comparison._add_corruptions(cfg, 3)
+    assert len(names) == 75
+    assert all(cfg.evaluation[name].dataset.indices == expected for name in names)
+
+
+def test_settings_of_the_untrained_network_are_kept(tmp_path):
+    root = write_tiny_imagenet(tmp_path / 'tiny')
+    data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
+    few = ['--config', CONFIG, '--arms', 'untrained', '--seeds', 0, '--measures', '--work-dir']
+    command = ['compare', *few, tmp_path, '--out', tmp_path / 'out', '--cfg-options', *data]
+    assert run_command(*command) is None
+    assert run_command(*command) is None
+    # It has the same weights.
+    said = run_command(*command, 'model.algorithm.backbone.final_norm=False')
+    assert 'untrained holds a run with other settings' in said
+
+
+def test_tables_of_what_is_no_comparison(tmp_path, capsys):
+    file = tmp_path / 'found.json'
+    assert 'is no file; name' in run_command('compare', '--tables', file)
+    for text in ('[]', '{}', 'no JSON', '{"runs": []}', '{"runs": [{"seed": 0}]}', '{"runs": 3}'):
+        file.write_text(text)
+        said = run_command('compare', '--tables', file)
+        assert (
+            said == f'error: --tables {file} holds no runs of a comparison; name the JSON of one.'
+        )
+    file.write_text(json.dumps(results(baseline=[0.1, 0.2], SER=[0.2, 0.3])))
+    assert run_command('compare', '--tables', file) is None
+    assert '| SER - baseline |' in capsys.readouterr().out
 
 
 @pytest.mark.slow

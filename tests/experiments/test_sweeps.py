@@ -69,6 +69,8 @@ def test_points_of_the_sweeps():
 def test_gradient_has_the_arms_of_the_demo():
     options = {
         'model.algorithm.base_momentum': 0.02,
+        'model.algorithm.backbone.ser_layer': 3,
+        'model.algorithm.backbone.cls_layer': 1,
         'model.head.temperature': 0.3,
         'train_dataloader.batch_size': 64,
     }
@@ -76,6 +78,7 @@ def test_gradient_has_the_arms_of_the_demo():
     assert names(found) == {'baseline': 'baseline', 'views only': 'views_only', 'SER': 'SER'}
     assert found['baseline'].model.type == 'MoCoV3'
     assert found['baseline'].model.base_momentum == 0.02
+    assert not {'ser_layer', 'cls_layer'} & found['baseline'].model.backbone.keys()
     assert found['baseline'].model.head.temperature == 0.2  # that of the base loss
     assert [cfg.train_dataloader.batch_size for cfg in found.values()] == [64] * 3
     assert found['views only'].model.loss_weight == 0
