@@ -289,7 +289,7 @@ def assert_python_of_the_page_detects(weights, photo):
     """As the config's own test data do; the photograph is stored on its side."""
     shutil.copy(photo, 'photo.jpg')
     text = (ROOT / 'docs' / 'howto' / 'detection.md').read_text()
-    block = re.search(r'```python\n(.*DetInferencer.*?)```', text, re.DOTALL)[1]
+    block = re.search(r'```python\n((?:(?!```).)*DetInferencer.*?)```', text, re.DOTALL)[1]
     names: dict = {}
     exec(block.replace('epoch_12', 'epoch_1'), names)
     network, found = names['detect'].model, names['found']
