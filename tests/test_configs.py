@@ -52,6 +52,22 @@ def shortened(config, data_root, batch_size):
     return cfg, options
 
 
+def train_two_steps(config, work_dir, options):
+    """What an epoch of two steps prints."""
+    command = [sys.executable, '-m', 'ser_mm.cli.train', config, '--work-dir', work_dir]
+    run = subprocess.run(
+        [*command, '--cfg-options', *options],
+        cwd=ROOT,
+        env={'OMP_NUM_THREADS': '1', **os.environ},
+        text=True,
+        capture_output=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    losses = re.findall(r'Epoch\(train\) \[1\]\[([12])/2\].* loss: (-?[\d.]+)', run.stdout)
+    assert [step for step, _ in losses] == ['1', '2'], run.stdout
+    return run.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('config', [*CONFIGS, ROOT / 'README.md'], ids=lambda path: path.stem)
 def test_trains(config, imagenet_tree, tmp_path):
@@ -62,20 +78,10 @@ def test_trains(config, imagenet_tree, tmp_path):
         config = tmp_path / 'of_a_user.py'
         config.write_text(code.group(1))
     cfg, options = shortened(config, imagenet_tree, batch_size=8)
-    command = [sys.executable, '-m', 'ser_mm.cli.train', config, '--work-dir', tmp_path]
-    run = subprocess.run(
-        [*command, '--cfg-options', *options],
-        cwd=ROOT,
-        env={'OMP_NUM_THREADS': '1', **os.environ},
-        text=True,
-        capture_output=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    steps = re.findall(r'Epoch\(train\) \[1\]\[([12])/2\].* loss: (-?[\d.]+)', run.stdout)
-    assert [step for step, _ in steps] == ['1', '2'], run.stdout
+    told = train_two_steps(config, tmp_path, options)
     name = {'SERAlgorithm': 'loss_ser', 'EquivarianceAlgorithm': 'loss_equi'}.get(cfg.model.type)
     for term in ('loss_ser', 'loss_equi'):
-        values = re.findall(rf' {term}: (-?[\d.]+)', run.stdout)
+        values = re.findall(rf' {term}: (-?[\d.]+)', told)
         assert len(values) == 2 * (term == name)
         assert not values or any(float(value) > 0 for value in values)
 
@@ -98,18 +104,8 @@ def test_tiny_imagenet_trains(config, tmp_path):
     ]
     if config.name.startswith('ser_'):
         options.append('model.data_preprocessor.equi_ratio=0.5')
-    command = [sys.executable, '-m', 'ser_mm.cli.train', config, '--work-dir', tmp_path / 'run']
-    run = subprocess.run(
-        [*command, '--cfg-options', *options],
-        cwd=ROOT,
-        env={'OMP_NUM_THREADS': '1', **os.environ},
-        text=True,
-        capture_output=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    losses = re.findall(r'Epoch\(train\) \[1\]\[([12])/2\].* loss: (-?[\d.]+)', run.stdout)
-    assert [step for step, _ in losses] == ['1', '2'], run.stdout
-    assert len(re.findall(r' loss_ser: \d', run.stdout)) == 2 * config.name.startswith('ser_')
+    told = train_two_steps(config, tmp_path / 'run', options)
+    assert len(re.findall(r' loss_ser: \d', told)) == 2 * config.name.startswith('ser_')
 
 
 @pytest.mark.parametrize('name', ['mocov3', 'dino', 'barlowtwins'])

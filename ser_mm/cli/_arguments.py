@@ -26,7 +26,7 @@ from ser_mm.engine.cpu import get_local_rank, init_cpu_process_group
 from ser_mm.engine.images import use_images
 from ser_mm.engine.options import set_options
 from ser_mm.evaluation.data import check_evaluation
-from ser_mm.evaluation.linear import LEARNING_RATES
+from ser_mm.evaluation.linear import LEARNING_RATES, SOLVABLE, SOLVERS
 from ser_mm.experiments.runs import RunError
 
 EXPECTED = (ImportError, OSError, ValueError, UnpicklingError, RunError, DistNetworkError)
@@ -202,6 +202,49 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_cfg_options(parser, 'override fields of the config; lists as KEY="[a,b]"')
     add_launcher(parser)
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Add what the commands that train many runs, and measure them, have in common.
+
+    Args:
+        parser (argparse.ArgumentParser): Of the command.
+        work_dir (str): Default of the folder of the runs.
+    """
+    parser.add_argument(
+        '--seeds',
+        type=int,
+        nargs='+',
+        default=[0, 1, 2],
+        help='seeds that everything is trained from (default: 0 1 2)',
+    )
+    parser.add_argument(
+        '--jobs', type=positive(int), default=1, help='runs at the same time (default: 1)'
+    )
+    parser.add_argument(
+        '--gpus',
+        type=positive(int),
+        help='GPUs of each run, or CPU processes where there is no GPU (default: one process)',
+    )
+    parser.add_argument(
+        '--num-workers',
+        type=workers,
+        default=0,
+        help='additional processes that read images to evaluate (default: 0)',
+    )
+    parser.add_argument(
+        '--work-dir',
+        type=place,
+        default=Path(work_dir),
+        help='folder of the runs (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--solver',
+        choices=SOLVERS,
+        help='how the linear probe is fitted: to convergence, or by a sweep of learning rates '
+        f'(default: lbfgs up to {SOLVABLE} training images, else sgd)',
+    )
+    add_cfg_options(parser, 'override fields of the config of all runs')
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:

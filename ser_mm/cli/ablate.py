@@ -17,25 +17,21 @@ interrupted ones resume: run the same command again. At full scale:
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
-    add_cfg_options,
+    add_experiment_arguments,
     finite,
     make_parser,
     one_sentence,
-    place,
     positive,
-    workers,
 )
 from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import resolve_options
-from ser_mm.evaluation.linear import SOLVABLE, SOLVERS
 from ser_mm.experiments.sweeps import SWEEPS, run_sweeps
 
 
@@ -59,45 +55,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='values of the setting, for one sweep (default: those above)',
     )
     parser.add_argument(
-        '--seeds',
-        type=int,
-        nargs='+',
-        default=[0, 1, 2],
-        help='seeds that every point is trained from (default: 0 1 2)',
-    )
-    parser.add_argument(
-        '--jobs', type=positive(int), default=1, help='runs at the same time (default: 1)'
-    )
-    parser.add_argument(
-        '--gpus',
-        type=positive(int),
-        help='GPUs of each run, or CPU processes where there is no GPU (default: one process)',
-    )
-    parser.add_argument(
-        '--num-workers',
-        type=workers,
-        default=0,
-        help='additional processes that read images to evaluate (default: 0)',
-    )
-    parser.add_argument(
-        '--work-dir',
-        type=place,
-        default=Path('work_dirs/ablate'),
-        help='folder of runs and results (default: %(default)s)',
-    )
-    parser.add_argument(
         '--images',
         type=positive(int),
         default=450,
         help='validation images that R2 is measured on, at most (default: 450)',
     )
-    parser.add_argument(
-        '--solver',
-        choices=SOLVERS,
-        help='how the linear probe is fitted: to convergence, or by a sweep of learning rates '
-        f'(default: lbfgs up to {SOLVABLE} training images, else sgd)',
-    )
-    add_cfg_options(parser, 'override fields of the config of all runs')
+    add_experiment_arguments(parser, 'work_dirs/ablate')
     args = parser.parse_args(argv)
     # Other methods are there for some algorithms only.
     everything = tuple(x for x in SWEEPS if x != 'addons')

@@ -25,19 +25,19 @@ from mmengine.logging import MMLogger
 
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
-    add_cfg_options,
+    add_experiment_arguments,
     check_writable,
     make_parser,
     one_sentence,
     place,
     positive,
-    workers,
 )
 from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import resolve_options
-from ser_mm.evaluation.linear import SOLVABLE, SOLVERS
-from ser_mm.experiments.comparison import ARMS, MEASURES, compare, report_comparison
+from ser_mm.experiments.comparison import ARMS, compare
+from ser_mm.experiments.differences import report_comparison
+from ser_mm.experiments.measures import MEASURES
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,9 +57,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='arms (default: untrained baseline late_cls views_only ser)',
     )
     parser.add_argument(
-        '--seeds', type=int, nargs='+', default=[0, 1, 2], help='seeds of each (default: 0 1 2)'
-    )
-    parser.add_argument(
         '--measures',
         nargs='*',
         choices=MEASURES,
@@ -67,14 +64,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='MEASURE',
         help=f'what to measure, of {", ".join(MEASURES)}; nothing after it: train only '
         '(default: all)',
-    )
-    parser.add_argument(
-        '--jobs', type=positive(int), default=1, help='runs at the same time (default: 1)'
-    )
-    parser.add_argument(
-        '--gpus',
-        type=positive(int),
-        help='GPUs of each run, or CPU processes where there is no GPU (default: one process)',
     )
     parser.add_argument(
         '--images',
@@ -88,24 +77,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='training images, at equal distances, of the probes (default: all)',
     )
     parser.add_argument(
-        '--num-workers',
-        type=workers,
-        default=0,
-        help='additional processes that read images to evaluate (default: 0)',
-    )
-    parser.add_argument(
-        '--solver',
-        choices=SOLVERS,
-        help='how the linear probe is fitted: to convergence, or by a sweep of learning rates '
-        f'(default: lbfgs up to {SOLVABLE} training images, else sgd)',
-    )
-    parser.add_argument(
-        '--work-dir',
-        type=place,
-        default=Path('work_dirs/compare'),
-        help='folder of the runs (default: %(default)s)',
-    )
-    parser.add_argument(
         '--out',
         type=place,
         default=Path('work_dirs/compare/results'),
@@ -114,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--tables', type=place, metavar='JSON', help='print the tables of these results, and end'
     )
-    add_cfg_options(parser, 'override fields of the config of all runs')
+    add_experiment_arguments(parser, 'work_dirs/compare')
     return parser.parse_args(argv)
 
 

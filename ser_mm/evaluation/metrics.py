@@ -1,6 +1,5 @@
 """Accuracies and differences with confidence intervals, and the rank of features."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -61,25 +60,21 @@ def paired_difference(
         confidence (float): Of the interval. Defaults to 0.95.
 
     Returns:
-        dict: ``mean`` of one - other, its ``interval``, ``p`` of the two-sided test that it is 0,
-        and how many differences are ``positive``.
+        dict: ``mean`` of one - other, its ``interval``, ``p`` of the two-sided test that it is 0
+        (nan if all are 0), and how many differences are ``positive``.
 
     Raises:
         ValueError: If there are fewer than two pairs, or not as many of each.
     """
-    from scipy.stats import t
+    from scipy.stats import ttest_rel
 
-    differences = [x - y for x, y in zip(one, other, strict=True)]
-    if len(differences) < 2:
+    if len(one) < 2:
         raise ValueError('paired_difference: one pair has no deviation; give two or more.')
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    degrees = len(differences) - 1
-    reach = float(t.ppf((1 + confidence) / 2, degrees)) * error
-    p = float(2 * t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
+    test = ttest_rel(one, other)
+    differences = [x - y for x, y in zip(one, other, strict=True)]
     return dict(
-        mean=mean,
-        interval=[mean - reach, mean + reach],
-        p=p,
+        mean=statistics.mean(differences),
+        interval=[float(x) for x in test.confidence_interval(confidence)],
+        p=float(test.pvalue),
         positive=sum(x > 0 for x in differences),
     )

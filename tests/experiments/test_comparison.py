@@ -7,15 +7,10 @@ import pytest
 
 from ser_mm.engine.configs import find_config
 from ser_mm.evaluation.robustness import CORRUPTIONS
-from ser_mm.experiments import comparison
-from ser_mm.experiments.comparison import (
-    ARMS,
-    COLUMNS,
-    MEASURES,
-    arm_config,
-    measure,
-    report_comparison,
-)
+from ser_mm.experiments import measures
+from ser_mm.experiments.comparison import ARMS, arm_config
+from ser_mm.experiments.differences import COLUMNS, report_comparison
+from ser_mm.experiments.measures import MEASURES, measure
 from ser_mm.experiments.sweeps import load_base
 from tests.support.command import run_command
 from tests.support.tiny_imagenet import write_tiny_imagenet
@@ -114,7 +109,7 @@ def test_boxes_that_cannot_be_measured_are_refused_before_training(tmp_path):
 
 def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch):
     folders = []
-    monkeypatch.setattr(comparison, 'box_map', lambda *x: folders.append(x[2]) or dict(bbox_mAP=0))
+    monkeypatch.setattr(measures, 'box_map', lambda *x: folders.append(x[2]) or dict(bbox_mAP=0))
     cfg = load_base(find_config(CONFIG), {})
     for seed in (0, 0, 1):
         own = arm_config(cfg, 'untrained', seed, tmp_path, {})
@@ -129,7 +124,7 @@ def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch)
 def test_corruptions_are_of_the_validation_images_that_were_asked_for(given, expected):
     options = {} if given is None else {'evaluation.val.indices': given}
     cfg = load_base(find_config(CONFIG), options)
-    names = comparison._add_corruptions(cfg, 3)
+    names = measures._add_corruptions(cfg, 3)
     assert len(names) == 75
     assert all(cfg.evaluation[name].dataset.indices == expected for name in names)
 
@@ -188,8 +183,8 @@ def test_whole_chain_goes_on_where_it_was(tmp_path, capsys):
     assert by_arm['SER']['gflops'] > by_arm['baseline']['gflops'] > 0
 
     capsys.readouterr()
-    measures = ['--measures', *(x for x in MEASURES if x != 'boxes')]
-    assert run_command('compare', '--arms', 'ser', '--seeds', 0, *measures, *command) is None
+    nearly_all = ['--measures', *(x for x in MEASURES if x != 'boxes')]
+    assert run_command('compare', '--arms', 'ser', '--seeds', 0, *nearly_all, *command) is None
     told = capsys.readouterr().out
     assert '1 runs, 0 to train' in told
     assert 'train: features' in told  # those of the probe are still there for the corruptions

@@ -1,0 +1,159 @@
+"""What a comparison found: tables with paired differences, and curves by angle and by block."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ser_mm.evaluation.dense import AFFINE
+from ser_mm.evaluation.metrics import paired_difference
+from ser_mm.evaluation.results import (
+    describe_seeds,
+    format_mean,
+    make_table,
+    mean_and_deviation,
+)
+from ser_mm.visualization import draw_curves
+
+COLUMNS = dict(
+    probe='linear probe',
+    knn='k-NN',
+    probe_turned='probe, turned images',
+    corruptions='probe, corruptions',
+    angle='probe, mean of angles',
+    r2='R2 at SER layer',
+    retrieval='retrieval at SER layer',
+    r2_last='R2 at last block',
+    matched='correspondence, affine, at SER layer',
+    matched_last='correspondence, affine, last block',
+    matched_turns_last='correspondence, quarter turns, last block',
+    position_last='position R2, last block',
+    rankme='RankMe',
+    box_map='box mAP, frozen',
+)
+"""Figures of a run, one number each, and their titles."""
+PAIRS = (
+    ('SER', 'baseline'),
+    ('SER', 'views only'),
+    ('SER', 'late [CLS]'),
+    ('late [CLS]', 'baseline'),
+    ('views only', 'late [CLS]'),
+)
+"""Differences that are reported. The last two are parts of the first."""
+
+
+def report_comparison(results: dict[str, Any]) -> str:
+    """Tables in Markdown: means and deviations by arm, and paired differences.
+
+    Args:
+        results (dict): What :func:`~ser_mm.experiments.comparison.compare` wrote.
+    """
+    by_arm: dict[str, dict[int, dict]] = {}
+    for run in results['runs']:
+        by_arm.setdefault(run['arm'], {})[run['seed']] = run
+    columns = {k: t for k, t in COLUMNS.items() if any(k in run for run in results['runs'])}
+    rows = [
+        [
+            title,
+            *(
+                format_mean(values) if (values := _values(runs, key)) else '-'
+                for runs in by_arm.values()
+            ),
+        ]
+        for key, title in columns.items()
+    ]
+    counts = ['runs', *(len(runs) for runs in by_arm.values())]
+    tables = [make_table(['figure', *by_arm], [*rows, counts])]
+    for one, other in PAIRS:
+        seeds = sorted(by_arm.get(one, {}).keys() & by_arm.get(other, {}).keys())
+        if len(seeds) < 2:
+            continue
+        rows = []
+        for key, title in columns.items():
+            pairs = [(by_arm[one][s].get(key), by_arm[other][s].get(key)) for s in seeds]
+            if any(x is None or y is None for x, y in pairs):
+                continue
+            found = paired_difference(*zip(*pairs, strict=True))
+            low, high = found['interval']
+            rows.append(
+                [
+                    title,
+                    f'{found["mean"]:+.4f}',
+                    f'{low:+.4f} to {high:+.4f}',
+                    f'{found["p"]:.3f}',
+                    f'{found["positive"]} of {len(seeds)}',
+                ]
+            )
+        header = [f'{one} - {other}', 'mean', '95 % interval', 'p', 'positive']
+        tables.append(make_table(header, rows))
+    seeds = sorted({run['seed'] for run in results['runs']})
+    tables.append(
+        f'{describe_seeds(seeds).capitalize()} Differences are paired by seed; intervals and p '
+        "are of Student's t, uncorrected for the number of comparisons."
+    )
+    return '\n\n'.join(tables)
+
+
+def draw_comparison(results: dict[str, Any], stem: Path) -> list[Path]:
+    """Draw what depends on the angle and on the block, with standard deviations over seeds.
+
+    Args:
+        results (dict): What :func:`~ser_mm.experiments.comparison.compare` wrote.
+        stem (Path): Place and beginning of the names of the figures.
+
+    Returns:
+        list[Path]: The figures, ``..._angles.png`` and ``..._blocks.png``; none where nothing of
+        them was measured.
+    """
+    layer = results['about']['ser_layer']
+    figures: dict[str, dict[str, Callable[[dict], Mapping[Any, float]]]] = dict(
+        angles={
+            'linear probe': lambda run: {
+                x: entry['probe'] for x, entry in run['accuracy_by_angle'].items()
+            },
+            f'tokens matched, block {layer}': lambda run: _matched(run, layer - 1),
+            'tokens matched, last block': lambda run: _matched(run, -1),
+        },
+        blocks={
+            'R2, quarter turn': lambda run: _by_block(run['layers']['rot90'], 'r2'),
+            'R2, mixture': lambda run: _by_block(run['layers']['mixture'], 'r2'),
+            'tokens matched, affine': lambda run: _by_block(
+                run['correspondence'][AFFINE], 'matched'
+            ),
+            'position R2': lambda run: _by_block(run['position']['layers'], 'r2'),
+        },
+    )
+    drawn = []
+    for name, curves in figures.items():
+        panels: dict[str, dict[str, Any]] = {}
+        for title, curve in curves.items():
+            by_arm: dict[str, list[Mapping[Any, float]]] = {}
+            for run in results['runs']:
+                with suppress(KeyError):  # not measured
+                    by_arm.setdefault(run['arm'], []).append(curve(run))
+            panels[title] = {
+                arm: [
+                    (float(x), *mean_and_deviation([found[x] for found in some])) for x in some[0]
+                ]
+                for arm, some in by_arm.items()
+                if some
+            }
+        panels = {title: arms for title, arms in panels.items() if arms}
+        if panels:
+            drawn.append(stem.with_name(f'{stem.name}_{name}.png'))
+            draw_curves(panels, drawn[-1], dict(angles='degrees', blocks='block')[name], 2)
+    return drawn
+
+
+def _matched(run: dict, at: int) -> dict[str, float]:
+    """The share of tokens that are matched after a block, by angle."""
+    found = run['correspondence'].items()
+    return {angle: layers[at]['matched'] for angle, layers in found if angle != AFFINE}
+
+
+def _by_block(entries: Sequence[Mapping[str, float]], key: str) -> dict[int, float]:
+    return {i: entry[key] for i, entry in enumerate(entries, 1)}
+
+
+def _values(runs: Mapping[int, dict], key: str) -> list[float]:
+    return [run[key] for run in runs.values() if isinstance(run.get(key), float | int)]
