@@ -8,9 +8,9 @@ longest, and the places where the host waits for the device (``operators``); pho
 device, images a second (``photometry``); what the allocator takes and how long steps take that have
 another grid of b2 each, at first and when they are seen again (``grids``); DDP with synchronised
 BatchNorm in one process, and in two, which share a device by gloo where there is one only
-(``ranks``). ``--parts`` chooses among these; ``--no-cudnn-attention`` is
-how SER trains. Each result is written to the JSON file as it comes. Without a GPU all runs on the
-CPU, at a size to be chosen, as a trial:
+(``ranks``). ``--parts`` chooses among these; ``--no-cudnn-attention`` is how SER trains. Each
+result is written to the JSON file as it comes. Without a GPU all runs on the CPU, at a size to be
+chosen, as a trial:
 
     python benchmarks/gpu.py --batch-size 4 --equi-ratio 0.5 --steps 1 --warmup 0 --backend eager
 """
