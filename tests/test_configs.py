@@ -9,6 +9,7 @@ import pytest
 from mmengine.config import Config
 
 from tests.support.paths import ROOT
+from tests.support.small_images import write_cifar, write_stl10
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -108,10 +109,62 @@ def test_tiny_imagenet_trains(config, tmp_path):
     assert len(re.findall(r' loss_ser: \d', told)) == 2 * config.name.startswith('ser_')
 
 
-@pytest.mark.parametrize('name', ['mocov3', 'dino', 'barlowtwins'])
-def test_tiny_imagenet_pair_differs_in_the_ser_lines_only(name):
-    base = Config.fromfile(ROOT / f'configs/tiny_imagenet/{name}_tiny_imagenet.py').to_dict()
-    ser = Config.fromfile(ROOT / f'configs/tiny_imagenet/ser_{name}_tiny_imagenet.py').to_dict()
+SMALL = sorted((ROOT / 'configs/small_images').glob('*.py'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', SMALL, ids=lambda path: path.stem)
+def test_small_images_train(config, tmp_path):
+    options = [
+        'train_cfg.max_epochs=1',
+        'train_dataloader.batch_size=8',
+        'default_hooks.logger.interval=1',
+        'default_hooks.checkpoint.interval=100',
+        'default_hooks.checkpoint.save_last=False',
+        f'train_dataloader.dataset.data_root={tmp_path / "data"}',
+    ]
+    if 'stl10' in config.stem:
+        write_stl10(tmp_path / 'data', images=16)
+    else:  # whose sums MMPretrain checks
+        write_cifar(tmp_path / 'data', images=16)
+        options.append('train_dataloader.dataset.type=OwnCIFAR')
+        file = tmp_path / config.name
+        imports = dict(imports=['tests.support.small_images'])
+        file.write_text(f'_base_ = [{str(config)!r}]\ncustom_imports = {imports}\n')
+        config = file
+    if config.name.startswith('ser_'):
+        options.append('model.data_preprocessor.equi_ratio=0.5')
+    told = train_two_steps(config, tmp_path / 'run', options)
+    assert len(re.findall(r' loss_ser: \d', told)) == 2 * config.name.startswith('ser_')
+
+
+def test_small_images_are_given_to_all_that_reads_them():
+    for name, kind, patch in (
+        ('cifar10', 'CIFAR10', 4),
+        ('cifar100', 'CIFAR100', 4),
+        ('stl10', 'STL10', 12),
+    ):
+        cfg = Config.fromfile(ROOT / f'configs/small_images/mocov3_{name}.py')
+        read = cfg.train_dataloader, *({'dataset': x} for x in cfg.evaluation.values())
+        sets = [loader['dataset'] for loader in (*read, cfg.test_dataloader)]
+        assert {x.type for x in sets} == {kind} and len({x.data_root for x in sets}) == 1
+        assert [x.split for x in sets[1:]] == ['train', 'test', 'test']
+        assert not cfg.model.data_preprocessor.to_rgb  # their pixels are in that order
+        crops = {view[0].scale for view in cfg.model.data_preprocessor.views}
+        assert crops == {cfg.model.backbone.img_size} == {8 * patch}
+        assert cfg.model.backbone.patch_size == patch
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(f'tiny_imagenet/{x}_tiny_imagenet' for x in ('mocov3', 'dino', 'barlowtwins')),
+        *(f'small_images/mocov3_{x}' for x in ('cifar10', 'cifar100', 'stl10')),
+    ],
+)
+def test_pair_of_small_images_differs_in_the_ser_lines_only(name):
+    base = Config.fromfile(ROOT / f'configs/{name}.py').to_dict()
+    ser = Config.fromfile(ROOT / f'configs/{name.replace("/", "/ser_")}.py').to_dict()
     algorithm = ser['model'].pop('algorithm')
     assert algorithm['backbone'].pop('ser_layer') == 3
     assert base.pop('model') == algorithm

@@ -7,6 +7,7 @@ from .exact_split import ExactSplit, split_batches
 from .image_source import ImageSource
 from .paired_draws import PairedDraws, pair_batches
 from .sequence_folder import SequenceFolder
+from .stl10 import STL10
 from .tiny_imagenet import TinyImageNet, write_tiny_imagenet_boxes
 from .transforms import (
     CheckImageSize,
@@ -25,6 +26,7 @@ from .transforms import (
 )
 
 __all__ = [
+    'STL10',
     'BundledPhotos',
     'CachedImages',
     'CheckImageSize',

@@ -5,13 +5,15 @@ from numbers import Integral
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmpretrain.datasets import BaseDataset
+from mmpretrain.datasets import CIFAR10, MNIST, BaseDataset
 from mmpretrain.models import BaseClassifier
 from mmpretrain.registry import DATASETS, MODELS
 
-from ser_mm.datasets import ImageSource
+from ser_mm.datasets import STL10, ImageSource
 from ser_mm.datasets.image_source import SUFFIXES, check_images, iterate_images
 from ser_mm.engine.checks import walk_datasets
+
+_HOLD_PIXELS = CIFAR10, MNIST, STL10  # their pipelines load nothing
 
 
 def use_images(
@@ -103,6 +105,14 @@ def _replace(loader: ConfigDict, name: str, source: dict) -> None:
         raise ValueError(
             f'takes the place of a data set with a pipeline, and {place} is '
             f'{dataset.get("type")} without one; set {place} in the config.'
+        )
+    kind = dataset.get('type')
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    if kind is not None and issubclass(kind, _HOLD_PIXELS):
+        raise ValueError(
+            f'takes the place of a data set of files, and {place} is {kind.__name__}, whose '
+            "pipeline starts from pixels; take a config of files, such as 'ser_mocov3_vits16', or "
+            "set its type to 'CachedImages' (see docs/howto/device_photometry.md)."
         )
     holder.dataset = ConfigDict(source, pipeline=dataset.pipeline)
 

@@ -479,12 +479,15 @@ def stamp_images(dataset: Any) -> list[str]:
 
     Returns:
         list[str]: For each image a digest, of 32 characters, of its path, label, size and time of
-        the last change; the latter two of files in this file system.
+        the last change; the latter two of files in this file system. Of one without a file, as of
+        CIFAR, of its pixels and label.
     """
     stamps = []
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
         file, status = info.get('img_path'), None
+        if file is None and isinstance(info.get('img'), np.ndarray):
+            status = hashlib.sha256(np.ascontiguousarray(info['img']).data).hexdigest()
         with suppress(OSError, TypeError):  # not in this file system, or not a file
             found = os.stat(file)
             status = found.st_size, found.st_mtime_ns

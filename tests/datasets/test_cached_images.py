@@ -9,13 +9,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import default_collate
-from mmpretrain.datasets import CIFAR10
 from mmpretrain.registry import DATASETS
 from PIL import Image
 
 from ser_mm.datasets import CachedImages
 from ser_mm.engine.checks import check_data
 from ser_mm.engine.images import use_images
+from tests.support.small_images import OwnCIFAR, write_cifar
 
 ONCE = [
     dict(type='LoadReadableImage'),
@@ -154,19 +154,9 @@ def test_what_cannot_be_kept_is_one_sentence(photos, tmp_path):
         build(photos, tmp_path)
 
 
-class OwnCIFAR(CIFAR10):
-    """MMPretrain's, with files of ours: pixels in the list, nothing to load."""
-
-    train_list, test_list = [['batch', None]], []
-    meta = dict(filename='meta', key='label_names', md5=None)
-
-
 def test_data_sets_of_arrays(tmp_path):
-    pixels = np.random.default_rng(0).integers(256, size=(10, 3072)).astype(np.uint8)
-    folder = tmp_path / OwnCIFAR.base_folder
-    folder.mkdir()
-    for data in (pixels, pixels[::-1]):
-        (folder / 'batch').write_bytes(pickle.dumps(dict(data=data, labels=list(range(10)))))
+    for seed in range(2):
+        write_cifar(tmp_path, seed=seed)
         source = dict(type=OwnCIFAR, data_root=str(tmp_path), pipeline=[], **QUICK)
         pack = [dict(type='PackInputs')]
         kept = CachedImages(source, pack, tmp_path / 'kept', **QUICK)

@@ -27,11 +27,11 @@ def policy(transform):
     return repr((transform.views, transform.equi_crop, transform.equi_views))
 
 
-# Those of tiny_imagenet make their views on the device.
+# Those of images of one size make their views on the device.
 CONFIGS = sorted(
     p
     for p in (ROOT / 'configs').rglob('ser_*.py')
-    if p.parent.name not in ('coco', 'tiny_imagenet')
+    if p.parent.name not in ('coco', 'small_images', 'tiny_imagenet')
 )
 
 

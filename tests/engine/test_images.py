@@ -12,7 +12,7 @@ from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.images import check_class_labels, check_labels, use_images
 from tests.support.images import write_images
 
-OTHERS = ('coco', 'demo/det', 'tiny_imagenet/faster', 'tiny_imagenet/supervised')
+OTHERS = ('coco', 'demo/det', 'small_images', 'tiny_imagenet/faster', 'tiny_imagenet/supervised')
 PRETRAINING = [name for name in shipped_configs() if not name.startswith(OTHERS)]
 
 
@@ -45,6 +45,13 @@ def test_every_shipped_config_takes_them(name, classes):
     assert 'gt_label' not in build(cfg.train_dataloader.dataset).get_data_info(0)
     assert build(val).get_data_info(1)['gt_label'] == 1
     assert sizes(cfg.test_dataloader.dataset) == [12]
+
+
+@pytest.mark.parametrize('name', ['mocov3_cifar100', 'ser_mocov3_stl10'])
+def test_data_sets_that_hold_their_pixels_do_not(name, classes):
+    cfg = Config.fromfile(find_config(name))
+    with pytest.raises(ValueError, match=r'whose pipeline starts from pixels; take a config of'):
+        use_images(cfg, classes)
 
 
 def test_configs_that_inherit_mmpretrains_data_set_take_them(classes, tmp_path):

@@ -14,11 +14,12 @@ from ser_mm.cli._arguments import one_sentence
 from ser_mm.engine.configs import find_config
 from ser_mm.evaluation import Embedder, build_backbone, knn_probe, load_features
 from ser_mm.evaluation.data import spaced_images
-from ser_mm.evaluation.features import CachedFeatures
+from ser_mm.evaluation.features import CachedFeatures, stamp_images
 from ser_mm.evaluation.linear import fit_head
 from tests.support.algorithms import BACKBONE, PIXELS, RESNET, build
 from tests.support.probed import config
 from tests.support.rounding import FLOAT32_NETWORK
+from tests.support.small_images import OwnCIFAR, write_cifar
 from tests.support.two_ranks import on_two_ranks
 
 
@@ -373,3 +374,12 @@ def test_features_of_the_untrained_network_follow_its_weights(imagenet_tree, tmp
         found.append(load_features(cfg, None, 'val', tmp_path)[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_pixels_without_a_file_tell_themselves_apart(tmp_path):
+    """As those of CIFAR: other pixels of the same labels were taken for the same images."""
+    stamps = []
+    for seed in (0, 0, 1):
+        dataset = OwnCIFAR(str(write_cifar(tmp_path, seed=seed)), serialize_data=False)
+        stamps.append(stamp_images(dataset))
+    assert stamps[0] == stamps[1] and len(set(stamps[0] + stamps[2])) == 20

@@ -19,6 +19,7 @@ from torch import nn
 import ser_mm
 from ser_mm.draws import NUM_DRAWS
 from tests.support import algorithms, short_run
+from tests.support.small_images import write_stl10
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
 
@@ -203,6 +204,7 @@ def rows(folder: Path) -> dict[str, Row]:
         STLHead=Row(
             dict(in_channels=4, code_channels=2, hid_channels=5, out_channels=3), objective
         ),
+        STL10=Row(dict(data_root=str(write_stl10(folder / 'stl10')))),
         SequenceFolder=Row(
             dict(data_root=str(folder), data_prefix='', serialize_data=False),
             lambda built: built.get_data_info(0),
