@@ -87,13 +87,13 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-class _Fields(argparse.Action):
+class Fields(argparse.Action):
     """Texts of KEY=VALUE by key; :func:`~ser_mm.engine.options.resolve_options` reads them."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         odd = next((value for value in values if '=' not in value), None)
         if odd is not None:
-            parser.error(f'{option_string} {odd}: give KEY=VALUE.')
+            parser.error(f'{option_string} {odd}: give {self.metavar}.')
         given = dict(value.split('=', maxsplit=1) for value in values)
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), **given})
 
@@ -101,7 +101,7 @@ class _Fields(argparse.Action):
 def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
     """Add ``--cfg-options``, a dict of fields of the config to override."""
     parser.add_argument(
-        '--cfg-options', nargs='+', action=_Fields, default={}, metavar='KEY=VALUE', help=help
+        '--cfg-options', nargs='+', action=Fields, default={}, metavar='KEY=VALUE', help=help
     )
 
 
