@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
@@ -13,9 +12,6 @@ from PIL import Image
 from torch import nn
 
 from tests.support.command import run_command
-from tests.support.probed import config as tiny_config
-from tests.support.probed import write_checkpoint
-from tests.support.two_ranks import on_two_ranks
 
 WNIDS = sorted(f'n{7919 * (i + 3) % 10**8:08d}' for i in range(12))
 
@@ -129,29 +125,3 @@ def test_options_that_make_no_sense(capsys):
     }.items():
         assert run_command('probe', 'a.py', 'b.pth', *options) == 2
         assert told in capsys.readouterr().err
-
-
-def _on_rank(rank, options, folder):
-    store = f'file://{folder}/store'
-    options = [*options, '--launcher', 'pytorch', '--out', folder, '--cache-dir', f'{folder}/cache']
-    assert run_command('probe', *options) is None  # and the group is closed
-    dist.init_process_group('gloo', store, rank=rank, world_size=2)
-
-
-@pytest.mark.slow
-def test_two_ranks_report_what_one_does(imagenet_tree, tmp_path):
-    tiny_config(imagenet_tree).dump(tmp_path / 'config.py')
-    some = tmp_path / 'some'
-    for i in (1, 3):
-        (some / f'n{i:08d}').mkdir(parents=True)
-        for path in (imagenet_tree / 'train' / f'n{i:08d}').glob('*_[01].JPEG'):
-            (some / f'n{i:08d}' / path.name).write_bytes(path.read_bytes())
-    options = [str(tmp_path / 'config.py'), write_checkpoint(tmp_path / 'x.pth')]
-    options += ['--also', f'some={some}', '--shots', '2', '--k', '1', '--epochs', '2']
-    places = ['--out', tmp_path / 'one', '--cache-dir', tmp_path / 'cache']
-    assert run_command('probe', *options, *places) is None
-    (tmp_path / 'two').mkdir()
-    on_two_ranks(_on_rank, options, str(tmp_path / 'two'))
-    found = [json.loads((tmp_path / x / 'probe.json').read_text()) for x in ('one', 'two')]
-    assert found[0]['also']['some']['images'] == 4
-    assert found[0]['also'] == found[1]['also'] and found[0]['few_shot'] == found[1]['few_shot']
