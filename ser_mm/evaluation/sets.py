@@ -56,7 +56,7 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
             data_root=str(place),
             split='all',
             with_label=True,
-            pipeline=cfg.evaluation.val.pipeline,
+            pipeline=cfg.evaluation.val.get('pipeline', []),
         )
     if not found:
         return {}
