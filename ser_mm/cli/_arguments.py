@@ -87,13 +87,13 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-class _Fields(argparse.Action):
+class Fields(argparse.Action):
     """Texts of KEY=VALUE by key; :func:`~ser_mm.engine.options.resolve_options` reads them."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         odd = next((value for value in values if '=' not in value), None)
         if odd is not None:
-            parser.error(f'{option_string} {odd}: give KEY=VALUE.')
+            parser.error(f'{option_string} {odd}: give {self.metavar}.')
         given = dict(value.split('=', maxsplit=1) for value in values)
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), **given})
 
@@ -101,7 +101,7 @@ class _Fields(argparse.Action):
 def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
     """Add ``--cfg-options``, a dict of fields of the config to override."""
     parser.add_argument(
-        '--cfg-options', nargs='+', action=_Fields, default={}, metavar='KEY=VALUE', help=help
+        '--cfg-options', nargs='+', action=Fields, default={}, metavar='KEY=VALUE', help=help
     )
 
 
@@ -336,15 +336,20 @@ def probe_options(args: argparse.Namespace) -> dict:
 
 
 def load_config(
-    config: str, args: argparse.Namespace, splits: Sequence[str] = ('train', 'val')
+    config: str,
+    args: argparse.Namespace,
+    splits: Sequence[str] = ('train', 'val'),
+    labelled: bool = True,
 ) -> Config:
     """Load and check the config of an evaluation, and join the other processes.
 
     Args:
         config (str): Path or name of the config.
-        args (argparse.Namespace): With what :func:`add_feature_arguments` adds.
+        args (argparse.Namespace): With what :func:`add_feature_arguments` adds, or that without
+            ``cache_dir``.
         splits (Sequence[str]): Keys of ``evaluation`` that will be used. None of them if the
             command brings its own images into the config.
+        labelled (bool): Whether labels are needed. Defaults to True.
 
     Returns:
         Config: With the options of the command line.
@@ -357,13 +362,14 @@ def load_config(
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = Config.fromfile(find_config(config))
     if splits:
-        use_data(cfg, args, True, splits)
+        use_data(cfg, args, labelled, splits)
     set_options(cfg, args.cfg_options)
     check_writable('--out', args.out)
-    check_writable('--cache-dir', args.cache_dir)
+    if 'cache_dir' in args:
+        check_writable('--cache-dir', args.cache_dir)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     if get_local_rank(args.launcher) == 0:
-        check_evaluation(cfg, splits)
+        check_evaluation(cfg, splits, labelled)
     processes = (cfg.get('env_cfg') or {}).get('mp_cfg') or {}
     set_multi_processing(**processes, distributed=args.launcher != 'none')
     if args.launcher != 'none' and not is_distributed():

@@ -4,6 +4,9 @@ Correspondence of tokens under known warps, accuracy against angle, how well the
 can be read from it, and segmentation of images with masks, block by block:
 
     ser-mm dense ser_mocov3_vits16 work_dirs/ser_mocov3_vits16/epoch_100.pth
+
+A measure that is finished is kept beside --out: the same command continues where it was
+interrupted. Several processes divide the measures among them.
 """
 
 import argparse
@@ -11,25 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
+from mmengine.dist import is_main_process
 
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_cfg_options,
     add_data,
+    add_launcher,
     add_reading,
-    check_writable,
+    load_config,
     make_parser,
     one_sentence,
     place,
     positive,
-    use_data,
 )
-from ser_mm.engine.configs import find_config
-from ser_mm.engine.options import set_options
-from ser_mm.evaluation.data import check_evaluation
+from ser_mm.engine.cpu import close_process_group
 from ser_mm.evaluation.dense import MEASURES, check_measures, measure_dense, report_dense
 from ser_mm.evaluation.results import write_results
 
@@ -106,6 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_data(parser, 'to evaluate with')
     add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.indices=100')
+    add_launcher(parser)
     args = parser.parse_args(argv)
     if args.out.suffix != '.json':
         parser.error(f'--out {args.out}: name a file that ends in .json.')
@@ -116,7 +116,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@one_sentence()
+@one_sentence(interrupted='Interrupted; the same command continues with what is not measured yet.')
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, print the tables.
 
@@ -124,15 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
     args = parse_args(argv)
-    MMLogger.get_current_instance().setLevel('WARNING')
-    cfg = Config.fromfile(find_config(args.config))
     labelled = 'angle' in args.measures
     splits = ['train', 'val'] if {'angle', 'position'} & set(args.measures) else ['val']
-    use_data(cfg, args, labelled, splits)
-    set_options(cfg, args.cfg_options)
-    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
-    check_evaluation(cfg, splits, labelled)
-    check_writable('--out', args.out)
+    cfg = load_config(args.config, args, splits, labelled)
     names = ('images', 'train_images', 'step', 'affine', 'within', 'seed')
     settings = {name: getattr(args, name) for name in names}
     found = measure_dense(
@@ -143,12 +137,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         masks=args.masks,
+        keep=args.out.with_suffix(''),
         **settings,
     )
-    about = dict(config=args.config, checkpoint=args.checkpoint, torch=torch.__version__)
-    settings['masks'] = args.masks and str(args.masks)
-    results = {**about, **settings, 'results': found}
-    write_results(args.out.parent, args.out.stem, results, report_dense(found))
+    if is_main_process():
+        about = dict(config=args.config, checkpoint=args.checkpoint, torch=torch.__version__)
+        settings['masks'] = args.masks and str(args.masks)
+        results = {**about, **settings, 'results': found}
+        write_results(args.out.parent, args.out.stem, results, report_dense(found))
+    close_process_group()
 
 
 if __name__ == '__main__':

@@ -1,20 +1,37 @@
 """What token maps are good for, measure by measure, of one network."""
 
+import hashlib
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.dist import (
+    all_gather_object,
+    broadcast_object_list,
+    get_dist_info,
+    is_main_process,
+)
 from mmengine.runner import set_random_seed
 from torch import Tensor
 
 from ser_mm.evaluation.angles import accuracy_by_angle
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.correspondence import correspondence_by_layer
-from ser_mm.evaluation.data import build_preprocessor, spaced_images, spaced_labelled
-from ser_mm.evaluation.features import Embedder
+from ser_mm.evaluation.data import (
+    build_loader,
+    build_preprocessor,
+    spaced_images,
+    spaced_indices,
+    spaced_labelled,
+)
+from ser_mm.evaluation.features import CachedFeatures, stamp_file, stamp_images
 from ser_mm.evaluation.positions import pixels_as_map, position_by_layer
 from ser_mm.evaluation.results import make_table
 from ser_mm.evaluation.segmentation import (
@@ -24,9 +41,16 @@ from ser_mm.evaluation.segmentation import (
     segmentation_by_layer,
 )
 from ser_mm.evaluation.warping import draw_warps, rotations
+from ser_mm.files import read_kept, write_text
+from ser_mm.progress import tell_progress
 
 MEASURES = ('correspondence', 'angle', 'position', 'segmentation')
 """Measures of :func:`measure_dense`."""
+
+_SPLITS: dict[str, list[str]] = dict(
+    correspondence=['val'], angle=['train', 'val'], position=['train', 'val'], segmentation=[]
+)
+"""Of ``evaluation``, those that each measure looks at."""
 
 AFFINE = 'affine'
 """Name of the warps that are drawn, beside the angles."""
@@ -112,8 +136,12 @@ def measure_dense(
     num_workers: int = 0,
     seed: int = 0,
     masks: str | Path | None = None,
+    keep: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure the token maps of a frozen network.
+
+    Of several ranks each takes some of the measures, and all return all of them. None depends on
+    the others, nor on the number of ranks.
 
     Args:
         cfg (Config): Config of a run, with ``evaluation``.
@@ -134,6 +162,11 @@ def measure_dense(
         seed (int): Of the untrained network and of what is drawn. Defaults to 0.
         masks (str | Path, optional): Of 'segmentation', see
             :func:`~ser_mm.evaluation.segmentation.find_pairs`. Defaults to None.
+        keep (str | Path, optional): Start of the names of the files that keep what is measured,
+            ``KEEP.angle.kept``, ...: a measure is taken from there if nothing that it depends on
+            has changed, see :class:`~ser_mm.evaluation.features.CachedFeatures`, and a file that
+            cannot be read is made again. Several machines have to share the folder. Defaults to
+            None: nothing is kept.
 
     Returns:
         dict[str, Any]: ``layers``, the numbers of the blocks, none for 'angle' alone, and by
@@ -157,43 +190,130 @@ def measure_dense(
     measures = check_measures(measures, masks)
     pairs = {x: find_pairs(masks, x) for x in ('train', 'val')} if masks is not None else {}
     set_random_seed(seed)
-    network = Embedder(cfg, checkpoint)
-    found: dict[str, Any] = dict(layers=[])
-    reading = dict(batch_size=batch_size, num_workers=num_workers)
+    source = CachedFeatures(cfg, checkpoint, '', batch_size=batch_size, num_workers=num_workers)
+    run = _Run(source, pairs, layers, images, train_images, step, affine, within, seed)
+    files = {} if keep is None else {x: Path(f'{keep}.{x}.kept') for x in measures}
     if set(measures) - {'angle'}:  # what cannot be measured is told before what takes long
-        with token_maps_of(network.backbone) as all_maps:
-            image = next(spaced_images(cfg, 'val', 1))
-            maps = select_maps(all_maps, layers)(image)
-        found['layers'] = list(layers or range(1, len(maps) + 1))
-    if 'angle' in measures:
-        print('accuracy against angle', flush=True)
-        train = spaced_labelled(cfg, 'train', train_images, **reading)
-        val = spaced_labelled(cfg, 'val', images, **reading)
-        angles = [some[0].angle for some in rotations(step).values()]
-        found['angle'] = accuracy_by_angle(network, train, val, angles)
-    with token_maps_of(network.backbone) as all_maps:
-        token_maps = select_maps(all_maps, layers)
-        if 'correspondence' in measures:
-            print('correspondence', flush=True)
-            warps = rotations(step) | ({AFFINE: draw_warps(affine, seed=seed)} if affine else {})
-            val = spaced_images(cfg, 'val', images, **reading)
-            found['correspondence'] = correspondence_by_layer(token_maps, val, warps, within)
-        if 'position' in measures:
-            print('position probe', flush=True)
-            train = spaced_images(cfg, 'train', train_images, **reading)
-            val = spaced_images(cfg, 'val', images, **reading)
-            found['position'] = _position(token_maps, len(found['layers']), train, val)
-        if 'segmentation' in measures:
-            print('segmentation', flush=True)
-            classes = max(count_classes(some) for some in pairs.values())
-            preprocessor = build_preprocessor(cfg)
-            train, val = (
-                read_pairs(pairs[x], image.shape[-2:], preprocessor, batch_size)
-                for x in ('train', 'val')
-            )
-            scores = segmentation_by_layer(token_maps, train, val, classes)
-            found['segmentation'] = dict(classes=classes, **scores)
-    return found
+        run.count_layers()
+    shared: list[Any] = [None]
+    if is_main_process():
+        splits = {x for name in files for x in _SPLITS[name]}
+        datasets = {x: build_loader(cfg, x)[1].dataset for x in splits}
+        keys = {name: run.key(name, datasets) for name in files}
+        del datasets  # which may be large
+        there = {name: read_kept(files[name], partial(_read, keys[name])) for name in files}
+        shared = [(keys, {name: x for name, x in there.items() if x is not None})]
+        for name in shared[0][1]:
+            print(f'{name}: taken from {files[name]}', flush=True)
+    broadcast_object_list(shared)
+    keys, kept = shared[0]
+    rank, world_size = get_dist_info()
+    own = {}
+    for name in [x for x in MEASURES if x in measures and x not in kept][rank::world_size]:
+        print(name, flush=True)
+        own[name] = getattr(run, name)()
+        if name in files:
+            write_text(files[name], json.dumps(dict(key=keys[name], found=own[name])))
+    for some in all_gather_object(own):
+        kept |= some
+    return dict(layers=run.numbers, **{x: kept[x] for x in MEASURES if x in measures})
+
+
+def _read(key: str, file: Path) -> Any:
+    """What was measured before; None if it was something else."""
+    content = json.loads(file.read_text())
+    return content['found'] if content['key'] == key else None
+
+
+class _Run:
+    """The measures of a network, each a method, and what each depends on."""
+
+    def __init__(
+        self,
+        source: CachedFeatures,
+        pairs: dict[str, list[tuple[Path, Path]]],
+        layers: Sequence[int] | None,
+        images: int,
+        train_images: int,
+        step: float,
+        affine: int,
+        within: float,
+        seed: int,
+    ) -> None:
+        self.network = source.network  # drawn at once, if it is untrained
+        self.source, self.cfg, self.pairs, self.layers = source, source.cfg, pairs, layers
+        self.step, self.affine, self.within, self.seed = step, affine, within, seed
+        self.images = dict(train=train_images, val=images)
+        self.reading = dict(batch_size=source.batch_size, num_workers=source.num_workers)
+        self.numbers: list[int] = []
+        self.size: tuple[int, int] = (0, 0)
+
+    def count_layers(self) -> None:
+        """Look at one image: which layers there are, and how large it is."""
+        image = next(spaced_images(self.cfg, 'val', 1))
+        with self._maps() as token_maps:
+            maps = token_maps(image)
+        self.numbers = list(self.layers or range(1, len(maps) + 1))
+        self.size = image.shape[-2:]
+
+    def key(self, measure: str, datasets: dict[str, Any]) -> str:
+        """A digest of all that a measure depends on, with the data sets that it looks at."""
+        settings = dict(
+            correspondence=[self.step, self.affine, self.within, self.seed], angle=[self.step]
+        )
+        about = [measure, torch.__version__, settings.get(measure)]
+        about.append([] if measure == 'angle' else self.numbers)
+        digest = hashlib.sha256(json.dumps(about, default=float).encode())
+        preprocessor = build_preprocessor(self.cfg)
+        for split in _SPLITS[measure] or ['val']:
+            digest.update(self.source.digest(split, preprocessor).digest())
+        for split in _SPLITS[measure]:
+            chosen = spaced_indices(len(datasets[split]), self.images[split])
+            digest.update('\n'.join([split, *stamp_images(datasets[split], chosen)]).encode())
+        if measure == 'segmentation':
+            files = [file for some in self.pairs.values() for pair in some for file in pair]
+            digest.update('\n'.join(map(stamp_file, files)).encode())
+        return digest.hexdigest()
+
+    @contextmanager
+    def _maps(self) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+        with token_maps_of(self.network.backbone) as all_maps:
+            yield select_maps(all_maps, self.layers)
+
+    def _images(self, split: str) -> Iterator[Tensor]:
+        return spaced_images(self.cfg, split, self.images[split], **self.reading)
+
+    def correspondence(self) -> dict[str, Any]:
+        warps = rotations(self.step)
+        if self.affine:
+            warps |= {AFFINE: draw_warps(self.affine, seed=self.seed)}
+        with self._maps() as token_maps:
+            return correspondence_by_layer(token_maps, self._images('val'), warps, self.within)
+
+    def angle(self) -> dict[str, Any]:
+        train, val = (
+            spaced_labelled(self.cfg, x, self.images[x], **self.reading) for x in ('train', 'val')
+        )
+        angles = [some[0].angle for some in rotations(self.step).values()]
+        return accuracy_by_angle(self.network, train, val, angles)
+
+    def position(self) -> dict[str, Any]:
+        with self._maps() as token_maps:
+            train, val = self._images('train'), self._images('val')
+            return _position(token_maps, len(self.numbers), train, val)
+
+    def segmentation(self) -> dict[str, Any]:
+        classes = max(count_classes(some) for some in self.pairs.values())
+        preprocessor, size = build_preprocessor(self.cfg), self.source.batch_size
+
+        def read(split: str) -> Iterable[tuple[Tensor, Tensor]]:
+            pairs = self.pairs[split]
+            batches = read_pairs(pairs, self.size, preprocessor, size)
+            return tell_progress(batches, -(-len(pairs) // size), f'{split}: batch')
+
+        with self._maps() as token_maps:
+            scores = segmentation_by_layer(token_maps, read('train'), read('val'), classes)
+        return dict(classes=classes, **scores)
 
 
 def _position(

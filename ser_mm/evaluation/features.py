@@ -306,6 +306,26 @@ class CachedFeatures:
             digest.update(values.cpu().numpy().tobytes())
         return digest
 
+    def digest(self, split: str, preprocessor: nn.Module) -> Any:
+        """A running digest of what features depend on, the images left out.
+
+        Args:
+            split (str): Key of ``cfg.evaluation``.
+            preprocessor (nn.Module): See :func:`~ser_mm.evaluation.data.build_preprocessor`.
+
+        Returns:
+            Any: One of hashlib's, of the weights, the network, the data set and its transforms.
+        """
+        digest = self._weights.copy()
+        model = self.cfg.model.get('algorithm') or self.cfg.model
+        pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
+        evaluation = self.cfg.evaluation
+        network = [model.get('backbone'), evaluation.get('prefix'), self.blocks]
+        network += [] if self.layer is None else [self.layer]
+        settings = [network, evaluation[split], pixels]
+        digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+        return digest
+
     def load(
         self,
         split: str,
@@ -418,14 +438,7 @@ class CachedFeatures:
         self, split: str, dataset: Any, preprocessor: nn.Module, head: nn.Linear | None
     ) -> '_Entry':
         """Where the features of a data set are kept, by all that they depend on."""
-        digest = self._weights.copy()
-        model = self.cfg.model.get('algorithm') or self.cfg.model
-        pixels = [preprocessor.to_rgb, *(b.flatten().tolist() for b in preprocessor.buffers())]
-        evaluation = self.cfg.evaluation
-        network = [model.get('backbone'), evaluation.get('prefix'), self.blocks]
-        network += [] if self.layer is None else [self.layer]
-        settings = [network, evaluation[split], pixels]
-        digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+        digest = self.digest(split, preprocessor)
         if head is not None:
             for values in head.parameters():
                 digest.update(values.detach().cpu().numpy().tobytes())
@@ -471,29 +484,44 @@ def load_features(
     return source.load(split, head, main_only=main_only)
 
 
-def stamp_images(dataset: Any) -> list[str]:
+def stamp_images(dataset: Any, indices: Iterable[int] | None = None) -> list[str]:
     """What tells whether the images of a data set are the same as before.
 
     Args:
         dataset (Any): A data set of MMEngine's kind, with ``get_data_info``.
+        indices (Iterable[int], optional): Places of the images. Defaults to None: all.
 
     Returns:
-        list[str]: For each image a digest, of 32 characters, of its path, label, size and time of
-        the last change; the latter two of files in this file system. Of one without a file, as of
-        CIFAR, of its pixels and label.
+        list[str]: For each image a digest, of 32 characters, see :func:`stamp_file`, of its file
+        and label. Of one without a file, as of CIFAR, of its pixels and label.
     """
     stamps = []
-    for i in range(len(dataset)):
+    for i in range(len(dataset)) if indices is None else indices:
         info = dataset.get_data_info(i)
-        file, status = info.get('img_path'), None
+        file = info.get('img_path')
         if file is None and isinstance(info.get('img'), np.ndarray):
-            status = hashlib.sha256(np.ascontiguousarray(info['img']).data).hexdigest()
-        with suppress(OSError, TypeError):  # not in this file system, or not a file
-            found = os.stat(file)
-            status = found.st_size, found.st_mtime_ns
-        about = f'{file} {status} {info.get("gt_label")}'
-        stamps.append(hashlib.sha256(about.encode(errors='surrogateescape')).hexdigest()[:32])
+            file = hashlib.sha256(np.ascontiguousarray(info['img']).data).hexdigest()
+        stamps.append(stamp_file(file, info.get('gt_label')))
     return stamps
+
+
+def stamp_file(file: Any, about: Any = None) -> str:
+    """What tells whether a file is the same as before.
+
+    Args:
+        file (Any): Its path, or whatever takes its place.
+        about (Any): What else is to be the same. Defaults to None.
+
+    Returns:
+        str: A digest, of 32 characters, of the path, the size and the time of the last change, the
+        latter two of files in this file system, and of ``about``.
+    """
+    status = None
+    with suppress(OSError, TypeError):  # not in this file system, or not a file
+        found = os.stat(file)
+        status = found.st_size, found.st_mtime_ns
+    text = f'{file} {status} {about}'
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:32]
 
 
 class _Rows(NamedTuple):

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour vote on frozen features."""
+"""Weighted k-nearest-neighbour vote on frozen features, of many images or of few."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from mmengine.device import get_device
 from torch import Tensor
 
-from ser_mm.evaluation.metrics import accuracy
+from ser_mm.evaluation.metrics import accuracy, mean_interval
+from ser_mm.progress import tell_progress
 
 
 def knn_probe(
@@ -70,3 +71,77 @@ def knn_votes(
             total.scatter_add_(1, train_labels[neighbours[:, :k]], weights[:, :k])
             votes[k].append(total.log().cpu())
     return {k: torch.cat(parts) for k, parts in votes.items()}
+
+
+def check_shots(labels: Tensor, shots: Sequence[int]) -> None:
+    """Check that each class has the images that :func:`few_shot` draws.
+
+    Args:
+        labels (Tensor): Of the training images, (N,).
+        shots (Sequence[int]): Images of each class.
+
+    Raises:
+        ValueError: Naming a class that has fewer.
+    """
+    counts = torch.bincount(labels)
+    if max(shots) > counts.min():
+        raise ValueError(
+            f'shots={max(shots)}: class {int(counts.argmin())} has {int(counts.min())} training '
+            'images; choose as many at most, or take more images.'
+        )
+
+
+def few_shot(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    shots: Sequence[int] = (1, 5, 10),
+    draws: int = 10,
+    ks: Sequence[int] = (10, 20, 100),
+    temperature: float = 0.07,
+) -> dict[int, dict[int, dict]]:
+    """k-NN with few images of each class: the same vote, of images drawn at random.
+
+    The protocol of DINOv2's evaluation: k is the number of images of each class, or one of ``ks``
+    that is smaller. Draws are numbered from 0 and their numbers are their seeds; the images of a
+    draw with fewer of each class are among those of the same draw with more.
+
+    Args:
+        train (Tensor): Training features, shape (N, C).
+        train_labels (Tensor): Shape (N,).
+        val (Tensor): Validation features, shape (M, C).
+        val_labels (Tensor): Shape (M,).
+        shots (Sequence[int]): Images of each class. Defaults to (1, 5, 10).
+        draws (int): Times that they are drawn, 2 or more. Defaults to 10.
+        ks (Sequence[int]): Numbers of neighbours. Defaults to (10, 20, 100).
+        temperature (float): See :func:`knn_votes`. Defaults to 0.07.
+
+    Returns:
+        dict[int, dict[int, dict]]: By images of each class and k: ``top1`` of each draw, and
+        their ``mean`` with its ``interval``, see
+        :func:`~ser_mm.evaluation.metrics.mean_interval`.
+
+    Raises:
+        ValueError: If a class has too few images, or there are fewer than two draws.
+    """
+    if draws < 2:
+        raise ValueError(f'draws={draws}: the interval needs two or more.')
+    check_shots(train_labels, shots)
+    counts = torch.bincount(train_labels)
+    starts = counts.cumsum(0) - counts
+    used = {n: sorted({n, *(k for k in ks if k < n)}) for n in shots}
+    top1: dict[int, dict[int, list[float]]] = {n: {k: [] for k in used[n]} for n in shots}
+    for draw in tell_progress(range(draws), draws, 'few-shot k-NN: draw'):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))
+        order = order[train_labels[order].argsort(stable=True)]
+        rank = torch.arange(len(train)) - starts[train_labels[order]]
+        for n in shots:
+            drawn = order[rank < n]
+            votes = knn_votes(train[drawn], train_labels[drawn], val, used[n], temperature)
+            for k, scores in votes.items():
+                top1[n][k].append(accuracy(scores, val_labels)['top1'])
+    return {
+        n: {k: dict(top1=values, **mean_interval(values)) for k, values in some.items()}
+        for n, some in top1.items()
+    }

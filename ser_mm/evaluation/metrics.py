@@ -1,4 +1,4 @@
-"""Accuracies and differences with confidence intervals, and the rank of features."""
+"""Accuracies, means and differences with confidence intervals, and the rank of features."""
 
 import statistics
 from collections.abc import Sequence
@@ -47,6 +47,29 @@ def rank_me(features: Tensor) -> float:
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum() + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """Mean of a sample with Student's interval.
+
+    Args:
+        values (Sequence[float]): Two or more.
+        confidence (float): Of the interval. Defaults to 0.95.
+
+    Returns:
+        dict: ``mean`` and its ``interval``.
+
+    Raises:
+        ValueError: If there are fewer than two values.
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        raise ValueError('mean_interval: one value has no deviation; give two or more.')
+    mean = statistics.mean(values)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    reach = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return dict(mean=mean, interval=[mean - reach, mean + reach])
 
 
 def paired_difference(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ser_mm.datasets.image_source import SUFFIXES
 from ser_mm.evaluation.positions import pixels_as_map
+from ser_mm.progress import tell_progress
 
 IGNORED = 255
 """Label of pixels that do not count."""
@@ -229,7 +230,8 @@ def segmentation_by_layer(
             own.add(_rows(f)[counted], shares[counted])
     if not kept or not kept[0].seen:
         raise ValueError(f'train: no pixel has a class from 0 to {classes - 1}; look at the masks.')
-    banks = [_Bank(*own.rows) for own in kept]
+    fitted = tell_progress(kept, len(kept), 'segmentation: probe of layer')
+    banks = [_Bank(*own.rows) for own in fitted]
     frequent = int(kept[0].rows[1].sum(0).argmax())
     counts: dict[str, list[Tensor]] = {
         name: [torch.zeros(classes, classes, dtype=torch.int64) for _ in banks]

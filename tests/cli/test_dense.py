@@ -43,3 +43,24 @@ def test_images_without_labels(imagenet_tree, run, tmp_path):
     found = run_command('dense', *run, *options, '--measures', 'position', 'correspondence')
     assert found is None
     assert 'angle' not in json.loads((tmp_path / 'a.json').read_text())['results']
+
+
+def test_an_interrupted_command_goes_on(run, tmp_path, monkeypatch, capsys):
+    options = ['--images', 2, '--train-images', 8, '--step', 180, '--affine', 1]
+    options += ['--measures', 'position', 'correspondence']
+    out = ['--out', tmp_path / 'b.json']
+    assert run_command('dense', *run, *options, '--out', tmp_path / 'a.json') is None
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr('ser_mm.evaluation.dense.position_by_layer', interrupted)
+        assert run_command('dense', *run, *options, *out) == 130
+    assert 'the same command continues' in capsys.readouterr().err
+    assert [x.name for x in tmp_path.glob('b.*')] == ['b.correspondence.kept']
+    monkeypatch.setattr('ser_mm.evaluation.dense.correspondence_by_layer', interrupted)
+    assert run_command('dense', *run, *options, *out) is None
+    assert 'correspondence: taken from' in capsys.readouterr().out
+    for suffix in ('.json', '.md'):
+        assert (tmp_path / f'a{suffix}').read_text() == (tmp_path / f'b{suffix}').read_text()

@@ -1,11 +1,13 @@
 """k-NN is scikit-learn's on the same features."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from ser_mm.evaluation import accuracy, knn_votes
+from ser_mm.evaluation.knn import few_shot
 
 
 def test_knn_is_that_of_scikit_learn(features):
@@ -30,3 +32,68 @@ def test_knn_is_that_of_scikit_learn(features):
         torch.testing.assert_close(share, expected[clear], rtol=0, atol=1e-4)
         hits = (expected.argmax(dim=1) == w)[clear]
         assert accuracy(votes[k][clear], w[clear])['top1'] == int(hits.sum()) / len(hits)
+
+
+def test_few_shot_is_that_of_scikit_learn(features):
+    """Where all images of each class are drawn, in any order."""
+    x, v, y, w = features
+    images = torch.cat([(y == i).nonzero().flatten()[:7] for i in range(6)])
+    found = few_shot(x[images], y[images], v, w, [7], draws=3, ks=[2])
+    assert list(found[7]) == [2, 7]
+    for k, result in found[7].items():
+        classifier = KNeighborsClassifier(
+            k, metric='cosine', weights=lambda distance: np.exp(-distance / 0.07)
+        ).fit(x[images].double().numpy(), y[images].numpy())
+        expected = float((classifier.predict(v.double().numpy()) == w.numpy()).mean())
+        # Rounding in float32 may decide on a vote or two.
+        assert result['mean'] == pytest.approx(expected, abs=2.5 / len(v))
+        assert np.ptp(result['top1']) <= 2 / len(v)
+
+
+def apart(sizes):
+    """Training images that each find themselves and, that taken away, one of the next class.
+
+    Training features and labels, and queries for them.
+    """
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    own = torch.eye(len(labels))
+    train = torch.cat([own, 0.1 * F.one_hot(labels)], dim=1)
+    queries = torch.cat([own, 0.1 * F.one_hot((labels + 1) % len(sizes))], dim=1)
+    return train, labels, queries
+
+
+def test_as_many_of_each_class_are_drawn():
+    """So many are right as were drawn, of each class; with more, the same and others."""
+    train, labels, queries = apart([4, 9, 5])
+    for label, size in enumerate((4, 9, 5)):
+        own = labels == label
+        found = few_shot(train, labels, queries[own], labels[own], [1, 3], draws=5, ks=[1])
+        assert found[1][1]['top1'] == [1 / size] * 5
+        assert found[3][1]['top1'] == [3 / size] * 5
+    hits = np.array(
+        [
+            [few_shot(train, labels, query, label, [1, 3], 8, [1])[n][1]['top1'] for n in (1, 3)]
+            for query, label in zip(queries[:, None], labels[:, None], strict=True)
+        ]
+    )
+    assert (hits[:, 1] >= hits[:, 0]).all()
+    assert len({tuple(draw) for draw in hits[:, 1].T}) > 4  # draws differ
+
+
+def test_floor_and_ceiling_of_few_shot():
+    labels = torch.arange(5).repeat(6)
+    train = F.one_hot(labels).float()
+    for n, some in few_shot(train, labels, train, labels, [1, 2, 6], 3, [1, 20]).items():
+        assert list(some) == sorted({1, n})
+        for result in some.values():
+            assert result['top1'] == [1] * 3 and result['interval'] == [1, 1]
+    (some,) = few_shot(train, labels, train.roll(1, 0), labels, [2], 3, []).values()
+    assert some[2]['mean'] == 0
+
+
+def test_few_shot_refuses():
+    train, labels, queries = apart([4, 9, 5])
+    with pytest.raises(ValueError, match='shots=5: class 0 has 4 training images'):
+        few_shot(train, labels, queries, labels, [1, 5])
+    with pytest.raises(ValueError, match='draws=1'):
+        few_shot(train, labels, queries, labels, [1], draws=1)

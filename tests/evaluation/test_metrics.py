@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from ser_mm.evaluation import accuracy
-from ser_mm.evaluation.metrics import paired_difference, rank_me
+from ser_mm.evaluation.metrics import mean_interval, paired_difference, rank_me
 
 
 def test_accuracy_and_its_interval():
@@ -44,3 +45,13 @@ def test_paired_difference():
     assert found['p'] == pytest.approx(1 - 2 / np.pi * (x / (1 + x * x) + np.arctan(x)))
     with pytest.raises(ValueError, match='give two or more'):
         paired_difference([1.0], [2.0])
+
+
+def test_mean_and_its_interval():
+    found = mean_interval([0.61, 0.58, 0.66, 0.60])
+    expected = stats.ttest_1samp([0.61, 0.58, 0.66, 0.60], 0).confidence_interval(0.95)
+    assert found['mean'] == pytest.approx(0.6125)
+    assert found['interval'] == pytest.approx([expected.low, expected.high], abs=1e-9)
+    assert mean_interval([1.0, 1.0]) == dict(mean=1, interval=[1, 1])
+    with pytest.raises(ValueError, match='give two or more'):
+        mean_interval([1.0])
