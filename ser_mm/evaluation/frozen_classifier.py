@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import torch
 from mmengine.logging import print_log
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
@@ -67,16 +66,15 @@ class FrozenClassifier(ImageClassifier):
         return self
 
     def extract_feat(self, inputs: Tensor, stage: str = 'neck') -> Any:
-        """Features of images, without gradients.
+        """Features of images.
 
         Args:
             inputs (Tensor): Shape (N, 3, H, W).
             stage (str): 'backbone' for its outputs, 'neck' for a tuple of the vectors (N, C),
                 'pre_logits' for what the last layer of the head sees. Defaults to 'neck'.
         """
-        with torch.no_grad():
-            outputs = self.backbone(inputs)
-            if stage == 'backbone':
-                return outputs
-            features = (vectors_of(self.backbone, outputs, self.blocks),)
+        outputs = self.backbone(inputs)
+        if stage == 'backbone':
+            return outputs
+        features = (vectors_of(self.backbone, outputs, self.blocks),)
         return self.head.pre_logits(features) if stage == 'pre_logits' else features
