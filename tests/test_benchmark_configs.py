@@ -169,7 +169,6 @@ def test_features_are_those_of_the_probe_and_nothing_is_kept(name, tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         (features,) = model.extract_feat(images)
     assert not kept and not features.requires_grad
-    cfg.evaluation.prefix = cfg.model.backbone.init_cfg.get('prefix')
     embedder = Embedder(cfg, cfg.model.backbone.init_cfg.checkpoint, cfg.model.get('blocks', 1))
     with torch.no_grad():
         assert torch.equal(features, embedder(images))  # by the same operations
@@ -258,6 +257,23 @@ def test_an_untrained_backbone_is_told(monkeypatch):
     head = dict(type='LinearClsHead', num_classes=2, in_channels=48)
     FrozenClassifier(backbone, head).init_weights()
     assert any('set model.backbone.init_cfg.checkpoint' in text for text in told)
+
+
+def test_weights_that_leave_a_part_of_another_backbone_at_random_are_refused(tmp_path):
+    backbone = dict(type='VisionTransformer', arch=TINY, img_size=64, patch_size=16)
+    weights = MODELS.build(backbone).state_dict()
+    torch.save({f'backbone.{k}': x for k, x in weights.items()}, tmp_path / 'whole.pth')
+    del weights['layers.1.attn.qkv.weight']
+    torch.save({f'backbone.{k}': x for k, x in weights.items()}, tmp_path / 'part.pth')
+    head = dict(type='LinearClsHead', num_classes=2, in_channels=48)
+
+    def start(name):
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / name), prefix='backbone.')
+        FrozenClassifier(dict(backbone, init_cfg=init_cfg), head).init_weights()
+
+    start('whole.pth')
+    with pytest.raises(ValueError, match=r'Missing key.*layers\.1\.attn\.qkv\.weight'):
+        start('part.pth')
 
 
 def test_blocks_that_cannot_be_joined():

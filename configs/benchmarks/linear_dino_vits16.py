@@ -4,12 +4,10 @@
 # the teacher is evaluated; for weights of others, model.backbone.init_cfg.prefix=None.
 _base_ = ['linear_mocov3_vits16.py']
 
+teacher = 'teacher.module.0.'
+weights = dict(checkpoint='work_dirs/ser_dino_vits16/epoch_100.pth', prefix=teacher)
 model = dict(
-    backbone=dict(
-        init_cfg=dict(
-            checkpoint='work_dirs/ser_dino_vits16/epoch_100.pth', prefix='teacher.module.0.'
-        ),
-    ),
+    backbone=dict(init_cfg=weights),
     head=dict(in_channels=4 * 384),
     blocks=4,
 )
@@ -20,3 +18,4 @@ param_scheduler = [dict(_base_.param_scheduler[0], T_max=100, end=100)]
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].update(interpolation='bicubic')
 val_dataloader = test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+evaluation = dict(prefix=teacher)

@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ser_mm.arguments import ModuleCfg, Positive, checked
+from ser_mm.checkpoint import StrictPretrained, load_backbone
 from ser_mm.evaluation.features import take_last_blocks, vectors_of
 
 
@@ -47,17 +48,25 @@ class FrozenClassifier(ImageClassifier):
         self.backbone.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Initialize, and say so if the backbone starts from no checkpoint."""
+        """Initialize; the backbone strictly, with a warning if it starts from no checkpoint.
+
+        Raises:
+            ValueError: See :func:`~ser_mm.checkpoint.load_backbone`.
+        """
         super().init_weights()
         given = self.backbone.init_cfg or ()
         given = given if isinstance(given, list | tuple) else [given]
-        if not any(cfg.get('checkpoint') for cfg in given):
+        found = [cfg for cfg in given if cfg.get('checkpoint')]
+        if not found:
             print_log(
                 'FrozenClassifier: backbone.init_cfg names no checkpoint, so an untrained network '
                 'is frozen; set model.backbone.init_cfg.checkpoint.',
                 'current',
                 logging.WARNING,
             )
+        elif not isinstance(self.backbone, StrictPretrained):
+            # MMPretrain's own backbones keep at random what a checkpoint does not fill.
+            load_backbone(self.backbone, found[-1]['checkpoint'], found[-1].get('prefix'))
 
     def train(self, mode: bool = True) -> 'FrozenClassifier':
         """Set the mode of all but the backbone."""
