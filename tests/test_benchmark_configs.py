@@ -123,6 +123,7 @@ def test_as_published(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*NAMES, LINEAR[-1]])
 def test_trains_what_it_should(name, classes, tmp_path):
     cfg, start = make_small(load(name), tmp_path / 'start.pth')
