@@ -3,6 +3,7 @@ from .data import build_loader
 from .equivariance import equivariance_by_layer, equivariance_score
 from .equivariance_hook import EquivarianceHook
 from .features import Embedder, extract_features, load_features
+from .frozen_classifier import FrozenClassifier
 from .knn import knn_probe, knn_votes
 from .linear import fit_linear_heads, linear_probe, select_linear_head
 from .metrics import accuracy
@@ -11,6 +12,7 @@ from .probe_hook import ProbeHook
 __all__ = [
     'Embedder',
     'EquivarianceHook',
+    'FrozenClassifier',
     'ProbeHook',
     'accuracy',
     'build_backbone',

@@ -26,7 +26,7 @@ from mmengine.dist import (
     get_dist_info,
 )
 from mmpretrain.models.backbones import VisionTransformer
-from mmpretrain.registry import MODELS, TRANSFORMS
+from mmpretrain.registry import TRANSFORMS
 from torch import Tensor, nn
 
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
@@ -73,25 +73,9 @@ class Embedder(nn.Module):
     ) -> None:
         super().__init__()
         cfg = as_config(cfg)
-        model = cfg.model.get('algorithm') or cfg.model
-        kind = model.get('backbone', {}).get('type')
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        if blocks < 1 or (blocks > 1 and not (kind and issubclass(kind, VisionTransformer))):
-            raise ValueError(
-                f'blocks={blocks}: the last blocks can be joined for a ViT only, and this is '
-                f'{kind and kind.__name__}; use blocks=1.'
-            )
-        options = dict(out_type='cls_token') if blocks > 1 else {}
-        self.backbone = build_backbone(cfg, checkpoint, **options)
-        if blocks > 1:
-            depth = self.backbone.num_layers
-            with_cls = depth - getattr(self.backbone, 'cls_layer', 0)
-            if blocks > with_cls:
-                raise ValueError(
-                    f'blocks={blocks}: [CLS] is in the last {with_cls} blocks of the network; use '
-                    'that many at most.'
-                )
-            self.backbone.out_indices = list(range(depth - blocks, depth))
+        self.backbone = build_backbone(cfg, checkpoint)
+        if blocks != 1:
+            take_last_blocks(self.backbone, blocks)
         if layer is not None:
             if blocks > 1 or head:
                 raise ValueError(f'layer={layer} is a map, without blocks={blocks} and a head.')
@@ -166,6 +150,32 @@ class Embedder(nn.Module):
             return outputs[-1]
         vectors = vectors_of(self.backbone, outputs, self.blocks)
         return self.head(vectors).argmax(dim=1) if self.head else vectors
+
+
+def take_last_blocks(backbone: nn.Module, blocks: int) -> None:
+    """Let a ViT give the [CLS] tokens of its last blocks, for :func:`vectors_of`.
+
+    Args:
+        backbone (nn.Module): Of MMPretrain, changed in place.
+        blocks (int): Of at least 1.
+
+    Raises:
+        ValueError: If it is no ViT, or has [CLS] in fewer blocks.
+    """
+    if blocks < 1 or not isinstance(backbone, VisionTransformer):
+        raise ValueError(
+            f'blocks={blocks}: the last blocks can be joined for a ViT only, and this is '
+            f'{type(backbone).__name__}; use blocks=1.'
+        )
+    depth = backbone.num_layers
+    with_cls = 0 if backbone.cls_token is None else depth - getattr(backbone, 'cls_layer', 0)
+    if blocks > with_cls:
+        raise ValueError(
+            f'blocks={blocks}: [CLS] is in the last {with_cls} blocks of the network; use that '
+            'many at most.'
+        )
+    backbone.out_type = 'cls_token'
+    backbone.out_indices = list(range(depth - blocks, depth))
 
 
 def vectors_of(backbone: nn.Module, outputs: Any, blocks: int = 1) -> Tensor:

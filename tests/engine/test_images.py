@@ -12,7 +12,10 @@ from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.images import check_class_labels, check_labels, use_images
 from tests.support.images import write_images
 
-OTHERS = ('coco', 'demo/det', 'small_images', 'tiny_imagenet/faster', 'tiny_imagenet/supervised')
+OTHERS = (
+    *('benchmarks', 'coco', 'demo/det', 'small_images'),
+    *('tiny_imagenet/faster', 'tiny_imagenet/linear', 'tiny_imagenet/supervised'),
+)
 PRETRAINING = [name for name in shipped_configs() if not name.startswith(OTHERS)]
 
 

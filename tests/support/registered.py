@@ -173,6 +173,13 @@ def rows(folder: Path) -> dict[str, Row]:
         FastRandomResizedCrop=Row(dict(scale=8), lambda built: built(dict(img=image))),
         FastSolarize=Row(dict(thr=128), lambda built: built(dict(img=image))),
         FreezeLayerHook=Row(dict(layer='neck')),
+        FrozenClassifier=Row(
+            dict(
+                backbone=algorithms.BACKBONE,
+                head=dict(type='LinearClsHead', num_classes=2, in_channels=algorithms.EMBED_DIMS),
+            ),
+            lambda built: built.extract_feat(images),
+        ),
         ImageSource=Row(dict(data_root=str(folder), serialize_data=False)),
         LoadReadableImage=Row({}, lambda built: built(dict(img_path=str(path)))),
         MomentumUpdateHook=Row({}),

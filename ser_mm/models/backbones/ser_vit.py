@@ -24,7 +24,7 @@ from ser_mm.arguments import (
     checked,
     filled,
 )
-from ser_mm.checkpoint import StrictPretrained
+from ser_mm.checkpoint import CheckpointError, StrictPretrained
 from ser_mm.views import ViewBatch
 
 Shapes = list[tuple[int, int]]
@@ -219,7 +219,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             return
         cls_after = int(state_dict.get(f'{prefix}cls_after', 0))
         if cls_after != self.cls_layer:
-            raise ValueError(
+            raise CheckpointError(
                 f'{type(self).__name__}: the checkpoint inserts [CLS] after block {cls_after}, '
                 f'this backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
             )
