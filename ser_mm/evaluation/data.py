@@ -121,7 +121,7 @@ def build_preprocessor(cfg: Config) -> nn.Module:
     # Mean, std and order of channels belong together; photometry alone, say, does not tell them.
     pixels = [{k: x[k] for k in ('mean', 'std', 'to_rgb') if k in x} for x in found]
     pixels = next((x for x in pixels if x), {})
-    return MODELS.build(dict(type='ClsDataPreprocessor', **pixels)).to(get_device())
+    return MODELS.build(dict(type='mmpretrain.ClsDataPreprocessor', **pixels)).to(get_device())
 
 
 def spaced_indices(total: int, count: int) -> list[int]:
