@@ -1,6 +1,10 @@
-"""The commands of README and docs: all are listed, with what runs them, and all can be run."""
+"""The commands of README and docs: all are listed, with what runs them, and all can be run.
 
-import importlib
+What their Python takes from this package is there.
+"""
+
+import ast
+import importlib.util
 import re
 import subprocess
 from functools import cache
@@ -100,3 +104,16 @@ def assert_parses(before, command):
     if name in ('train', 'probe', 'dense', 'export', 'embed', 'cost') and '/' not in first:
         own = first.endswith('.py') or not first or first.startswith('-')
         assert own or any(x.endswith(first) for x in shipped_configs()), command
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_imports_what_there_is(page):
+    for language, text, line in blocks(page):
+        for node in (
+            ast.walk(ast.parse(text, f'{page.name}:{line}')) if language == 'python' else ()
+        ):
+            if isinstance(node, ast.ImportFrom) and node.module.split('.')[0] == 'ser_mm':
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    full = f'{node.module}.{name.name}'
+                    assert hasattr(module, name.name) or importlib.util.find_spec(full), full
