@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -84,16 +85,17 @@ def build_loader(
     preprocessor = build_preprocessor(cfg)
     # In test mode an image that cannot be read is an error: another one would take its place.
     options = dict(test_mode=True, **({} if pipeline is None else dict(pipeline=pipeline)))
-    loader = Runner.build_dataloader(
-        dict(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            dataset=dict(dataset, **options),
-            # Without a seed the sampler draws one, for all ranks together.
-            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False, seed=0),
-            collate_fn=dict(type='default_collate'),
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain'):
+        loader = Runner.build_dataloader(
+            dict(
+                batch_size=batch_size,
+                num_workers=num_workers,
+                dataset=dict(dataset, **options),
+                # Without a seed the sampler draws one, for all ranks together.
+                sampler=dict(type='DefaultSampler', shuffle=False, round_up=False, seed=0),
+                collate_fn=dict(type='default_collate'),
+            )
         )
-    )
     return preprocessor, loader
 
 
@@ -119,7 +121,7 @@ def build_preprocessor(cfg: Config) -> nn.Module:
     # Mean, std and order of channels belong together; photometry alone, say, does not tell them.
     pixels = [{k: x[k] for k in ('mean', 'std', 'to_rgb') if k in x} for x in found]
     pixels = next((x for x in pixels if x), {})
-    return MODELS.build(dict(type='ClsDataPreprocessor', **pixels)).to(get_device())
+    return MODELS.build(dict(type='mmpretrain.ClsDataPreprocessor', **pixels)).to(get_device())
 
 
 def spaced_indices(total: int, count: int) -> list[int]:

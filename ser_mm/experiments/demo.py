@@ -280,7 +280,8 @@ def training_views(cfg: Config) -> tuple[list[ViewBatch], nn.Module]:
         tuple: The two views, and the preprocessor that normalized them.
     """
     init_default_scope(cfg.default_scope)
-    loader = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
+    # Of one batch, which need not be copied faster.
+    loader = Runner.build_dataloader(dict(deepcopy(cfg.train_dataloader), pin_memory=False), seed=0)
     split_batches(loader)
     preprocessor = build_model(cfg).data_preprocessor
     return preprocessor(next(iter(loader)), training=True)['inputs'][:2], preprocessor
