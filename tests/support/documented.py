@@ -35,6 +35,29 @@ COMMANDS = {
         'ser-mm dense demo/ser_mocov3 $run/SER/epoch_8.pth --out work_dirs/dense_SER.json',
         'ser-mm dense demo/ser_mocov3 --out work_dirs/dense_untrained.json',
     ],
+    'tests/cli/test_probe_sets.py::test_published_folders_with_a_known_answer': [
+        'ser-mm probe CONFIG CHECKPOINT --also v2=data/imagenetv2-matched-frequency-format-val '
+        'r=data/imagenet-r a=data/imagenet-a sketch=data/sketch',
+        'ser-mm probe CONFIG CHECKPOINT --shots 1 5 10',
+    ],
+    'tests/cli/test_ranks.py::test_ranks_do_not_matter': [
+        'SCRIPT=dense.py tools/dist_train.sh CONFIG 2 CHECKPOINT',
+    ],
+    'tests/test_benchmark_configs.py::test_commands_of_the_page': [
+        'tools/dist_train.sh configs/benchmarks/linear_mocov3_vits16.py 8 --cfg-options '
+        'model.backbone.init_cfg.checkpoint=work_dirs/ser_mocov3_vits16/epoch_100.pth',
+        'ser-mm train linear_mocov3_vits16 --auto-scale-lr --work-dir work_dirs/linear_baseline '
+        '--cfg-options model.backbone.init_cfg.checkpoint=work_dirs/mocov3_vits16/epoch_100.pth '
+        'model.backbone.cls_layer=0',
+        'ser-mm test linear_mocov3_vits16 work_dirs/linear_mocov3_vits16/epoch_90.pth',
+        'ser-mm probe linear_mocov3_vits16 work_dirs/ser_mocov3_vits16/epoch_100.pth',
+    ],
+    'tests/test_benchmark_configs.py::test_list_of_the_page_for_one_percent': [
+        'mkdir -p data/imagenet/meta',
+        "ls data/imagenet/train | awk 'NR == FNR { label[$1] = NR - 1; next }",
+        '{ split($1, part, "_"); print part[1] "/" $1, label[part[1]] }\' - 1percent.txt > '
+        'data/imagenet/meta/train_1percent.txt',
+    ],
     'tests/evaluation/test_segmentation.py::test_command': [
         'ser-mm dense CONFIG CHECKPOINT --measures segmentation --masks data/shapes',
     ],
