@@ -29,6 +29,7 @@ from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
+from ser_mm.datasets import LoadChannels
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
@@ -108,7 +109,8 @@ class Embedder(nn.Module):
 
         Args:
             images (str | Path | Sequence[str | Path | np.ndarray]): A file, or files and arrays
-                (H, W, 3), uint8, BGR.
+                (H, W, 3), uint8, BGR; with ``LoadChannels`` in the config, (H, W, C), of values as
+                in the files, RGB.
             batch_size (int): Images at one time. Defaults to 64.
 
         Returns:
@@ -132,6 +134,8 @@ class Embedder(nn.Module):
         def prepare(image: str | Path | np.ndarray) -> dict:
             if isinstance(image, np.ndarray):
                 size = image.shape[:2]
+                if isinstance(load, LoadChannels):
+                    image = load.scale(image)
                 return pipeline(dict(img=image, img_shape=size, ori_shape=size))
             return pipeline(load(dict(img_path=str(image))))
 

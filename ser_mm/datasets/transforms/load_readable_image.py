@@ -73,7 +73,8 @@ def _lost(path: str) -> Iterator[tuple[str, str]]:
             'bits',
             f'has {bits} bits a channel, and the upper 8 of 16 are read, so that data of 12 bits '
             'is next to black; stretch such images to 8 bits before, by '
-            "skimage.exposure.rescale_intensity(image, out_range='uint8'), say",
+            "skimage.exposure.rescale_intensity(image, out_range='uint8'), say, or load them by "
+            'LoadChannels, as `ser-mm pretrain` does where most images are like that',
         )
     if alpha:
         yield (
