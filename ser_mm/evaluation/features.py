@@ -30,6 +30,7 @@ from mmpretrain.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
 from ser_mm.datasets import LoadChannels
+from ser_mm.datasets.tar_shards import file_of
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
@@ -489,8 +490,8 @@ def stamp_images(dataset: Any) -> list[str]:
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
         file, status = info.get('img_path'), None
-        with suppress(OSError, TypeError):  # not in this file system, or not a file
-            found = os.stat(file)
+        with suppress(OSError, TypeError, AttributeError):  # not in this file system, or not a file
+            found = os.stat(file_of(file))
             status = found.st_size, found.st_mtime_ns
         about = f'{file} {status} {info.get("gt_label")}'
         stamps.append(hashlib.sha256(about.encode(errors='surrogateescape')).hexdigest()[:32])

@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine import fileio
 from mmengine.config import Config, ConfigDict
 
 from ser_mm.datasets.pixels import fit_channels, measure, read_pixels
@@ -41,7 +41,7 @@ def measure_channels(files: Sequence[str], channels: int | None = None) -> dict[
             kinds['uint8', 3] += 1
             continue
         try:
-            values = read_pixels(Path(files[i]).read_bytes(), channels)
+            values = read_pixels(fileio.get(files[i]), channels)
             kinds[values.dtype.name, values.shape[2]] += 1
         except (OSError, ValueError) as error:
             why = f'{files[i]} {error}.'
@@ -56,7 +56,7 @@ def measure_channels(files: Sequence[str], channels: int | None = None) -> dict[
     def images() -> Iterator[np.ndarray]:
         for file in files:
             try:
-                values = read_pixels(Path(file).read_bytes(), channels)
+                values = read_pixels(fileio.get(file), channels)
             except (OSError, ValueError):
                 continue  # skipped in training, too, with a warning
             try:

@@ -1,6 +1,7 @@
 """What a pretrained backbone has learned, on one page: figures and pictures."""
 
 import html
+import io
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
+from mmengine import fileio
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 from mmpretrain.registry import TRANSFORMS
@@ -105,7 +107,7 @@ def _thumbnail(file: str, load: BaseTransform) -> Image.Image:
         small = Image.fromarray(pixels[..., ::-1] if load.channels == 3 else pixels)
         small.thumbnail((128, 128))
         return small
-    with Image.open(file) as image:
+    with Image.open(io.BytesIO(fileio.get(file))) as image:
         image.draft('RGB', (256, 256))
         if image.mode[0] in 'IF':  # more than 8 bits, which would be cut off
             pixels = np.asarray(image, np.float64)
