@@ -106,7 +106,8 @@ class ImageSource(CustomDataset):
                 info['gt_label'] = label
             if names:
                 numbers = {name: number for number, name in enumerate(names)}
-                data = [dict(info, gt_label=numbers[info['gt_label']]) for info in data]
+                for info in data:
+                    info['gt_label'] = numbers[info['gt_label']]
             else:
                 names = list(map(str, range(max(info['gt_label'] for info in data) + 1)))
             self._metainfo.setdefault('classes', tuple(names))
@@ -141,7 +142,7 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
     root = Path(root).expanduser()
     if split == 'all' or not root.is_dir():
         return root, False
-    folders = {path.name.lower(): path for path in _scan(root)[0]}
+    folders = {entry.name.lower(): Path(entry.path) for entry in _scan(root)[0]}
     found = {
         part: folders.pop(name)
         for part, names in _PARTS.items()
@@ -167,7 +168,7 @@ def class_folders(place: Path, suffixes: Sequence[str] = SUFFIXES) -> set[str]:
     if not place.is_dir():
         return set()
     above = (os.path.realpath(place),)
-    return {path.name for path in _scan(place)[0] if next(_walk(path, suffixes, above), None)}
+    return {x.name for x in _scan(place)[0] if next(_walk(x.path, suffixes, above), None)}
 
 
 def check_images(
@@ -251,12 +252,13 @@ def _iterate_ways(
     if place.is_file():
         yield from iterate_members(place, suffixes)
         return
+    before = len(os.path.join(place, ''))
     path = None
     for path in _walk(place, suffixes, warn=warn):
-        yield str(path), path.relative_to(place).parts
+        yield path, tuple(path[before:].split(os.sep))
     if path is None:
         for path in _walk(place, (_TAR,)):
-            around = path.relative_to(place).parts[:-1]
+            around = path[before:].split(os.sep)[:-1]
             yield from ((x, (*around, *way)) for x, way in iterate_members(path, suffixes))
 
 
@@ -318,8 +320,8 @@ def _deal(data: list[dict], held: bool) -> list[dict]:
 
 
 def _walk(
-    folder: Path, suffixes: Sequence[str], above: tuple[str, ...] = (), warn: bool = False
-) -> Iterator[Path]:
+    folder: str | Path, suffixes: Sequence[str], above: tuple[str, ...] = (), warn: bool = False
+) -> Iterator[str]:
     """Images below a folder in alphabetical order, without what is hidden."""
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that it is in
@@ -332,19 +334,20 @@ def _walk(
         if warn:
             print_log(f'Passed over a folder that cannot be read, {folder}', 'current', 30)
         return
-    yield from (file for file in files if file.name.lower().endswith(tuple(suffixes)))
-    for path in folders:
-        yield from _walk(path, suffixes, (*above, real), warn)
+    endings = tuple(suffixes)
+    yield from (file.path for file in files if file.name.lower().endswith(endings))
+    for entry in folders:
+        yield from _walk(entry.path, suffixes, (*above, real), warn)
 
 
-def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+def _scan(folder: str | Path) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
     """Folders and files of a folder."""
-    found: tuple[list[Path], list[Path]] = [], []
+    found: tuple[list[os.DirEntry], list[os.DirEntry]] = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if not entry.name.startswith('.'):
-                    found[not entry.is_dir()].append(Path(entry.path))
+                    found[not entry.is_dir()].append(entry)
     except PermissionError as error:
         raise PermissionError(
             f'{folder} cannot be read: permission denied; it needs permission to read and to '
@@ -353,8 +356,8 @@ def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
     return found
 
 
-def _scan_all(folder: Path) -> None:
+def _scan_all(folder: str | Path) -> None:
     """Raise the first PermissionError below a folder without images, which explains them."""
-    for path in _scan(folder)[0]:
-        if not path.is_symlink():
-            _scan_all(path)
+    for entry in _scan(folder)[0]:
+        if not entry.is_symlink():
+            _scan_all(entry.path)
