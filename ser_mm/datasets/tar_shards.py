@@ -94,7 +94,7 @@ def _index(
     try:
         with tarfile.open(file, 'r:', errors='replace') as archive:
             while member := archive.next():
-                archive.members.clear()  # which would keep all of them
+                archive.members.clear()  # type: ignore[attr-defined]  # which would keep all
                 name = _plain(member.name)
                 if not name.lower().endswith(suffixes) or member.issparse():
                     continue
