@@ -101,3 +101,15 @@ def test_device_views(tmp_path):
 def test_authors_without_their_release(tmp_path):
     error = run('authors.py', tmp_path, check=False).stderr
     assert f'{tmp_path} has no builder/moco.py' in error.splitlines()[-1]
+
+
+def test_own_images(tmp_path):
+    out, folder = tmp_path / 'own_images.json', tmp_path / 'many'
+    sizes = ['--images', 2100, '--rounds', 1, '--folder', folder]
+    table = run('own_images.py', *sizes, '--out', out).stdout
+    rows = json.loads(out.read_text())['variants']
+    assert list(rows) == ['os.walk', 'folder', 'list', 'tar'] and '| tar ' in table
+    assert {row['images'] for row in rows.values()} == {2100}
+    assert all(
+        row['again'] > 0 and row['item'] > 0 for name, row in rows.items() if '.' not in name
+    )

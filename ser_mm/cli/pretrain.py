@@ -73,6 +73,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=workers,
         help='additional processes that read images, for each device (default: by the cores)',
     )
+    parser.add_argument(
+        '--channels',
+        type=positive(int),
+        help='of images: 1 for a network of grey images, 4 to have what else is left out as '
+        'transparency (default: three for grey and colours, otherwise as many as images have)',
+    )
     parser.add_argument('--seed', type=int, default=0, help='(default: 0)')
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Images as people have them: a folder, with or without sub-folders, or a list in a text file."""
+"""Images as people have them: in folders, in a list in a text file, or in tar archives."""
 
 import os
 import re
@@ -12,13 +12,15 @@ from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import Name, checked, filled
 from ser_mm.datasets._custom_dataset import CUSTOM_DATASET
+from ser_mm.datasets.tar_shards import iterate_members
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 """Of images, in lower or upper case."""
 
 # Sub-folders that parts of a data set are in, each part by the names it may have.
 _PARTS = dict(train=('train',), val=('val', 'valid', 'validation'), test=('test',))
-_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar', '.zst')
+_TAR = '.tar'
+_ARCHIVES = ('.zip', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar', '.zst')
 _LABELLED = re.compile(r'(.*?)[\s,]+(-?\d+)')
 _EVERY = 5  # the share of a class that is held out
 _LOOK = 100  # lines of a list whose files are looked for before the run
@@ -37,8 +39,12 @@ class ImageSource(CustomDataset):
     A list is a text file with a line ``PATH`` or ``PATH LABEL`` for each image. Paths are relative
     to its folder, labels count from 0.
 
+    An archive ``.tar``, or a folder of such in place of images, is read where it is, see
+    :mod:`ser_mm.datasets.tar_shards`. It counts as the folder that it is in: labels are those of
+    folders around it or in it.
+
     Args:
-        data_root (str | Path): The folder or the list.
+        data_root (str | Path): The folder, the list or the archive.
         split (str): 'train', 'val', or 'all' for all images, whatever folders they are in. Defaults
             to 'train'.
         hold_out (bool): Where there is no folder of validation images, let 'val' be every fifth
@@ -100,7 +106,8 @@ class ImageSource(CustomDataset):
                 info['gt_label'] = label
             if names:
                 numbers = {name: number for number, name in enumerate(names)}
-                data = [dict(info, gt_label=numbers[info['gt_label']]) for info in data]
+                for info in data:
+                    info['gt_label'] = numbers[info['gt_label']]
             else:
                 names = list(map(str, range(max(info['gt_label'] for info in data) + 1)))
             self._metainfo.setdefault('classes', tuple(names))
@@ -135,7 +142,7 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
     root = Path(root).expanduser()
     if split == 'all' or not root.is_dir():
         return root, False
-    folders = {path.name.lower(): path for path in _scan(root)[0]}
+    folders = {entry.name.lower(): Path(entry.path) for entry in _scan(root)[0]}
     found = {
         part: folders.pop(name)
         for part, names in _PARTS.items()
@@ -161,7 +168,7 @@ def class_folders(place: Path, suffixes: Sequence[str] = SUFFIXES) -> set[str]:
     if not place.is_dir():
         return set()
     above = (os.path.realpath(place),)
-    return {path.name for path in _scan(place)[0] if next(_walk(path, suffixes, above), None)}
+    return {x.name for x in _scan(place)[0] if next(_walk(x.path, suffixes, above), None)}
 
 
 def check_images(
@@ -186,14 +193,15 @@ def check_images(
     place, _ = part_of(root, split, suffixes)
     if next(iterate_images(place, suffixes, with_label), None):
         return
-    if place.is_file():
+    if place.is_file() and place.suffix.lower() != _TAR:
         raise ValueError(f'{place} is empty; write the path of an image on each line.')
-    if with_label and next(_walk(place, suffixes), None):
+    if with_label and next(iterate_images(place, suffixes, False), None):
         raise ValueError(
             f'{place} has images, but no sub-folders of images: labels are needed. Make a folder '
             'for each class, or give a list with a line "PATH LABEL" for each image.'
         )
-    _scan_all(place)
+    if place.is_dir():
+        _scan_all(place)
     raise FileNotFoundError(
         f'{place} has no images ({", ".join(sorted(suffixes))}); name a folder that has some, or '
         'a list of images.'
@@ -224,18 +232,34 @@ def iterate_images(
         raise FileNotFoundError(
             f'{place} does not exist; give a folder of images, or a text file that lists them.'
         )
-    if not place.is_dir():
+    if place.is_file() and place.suffix.lower() != _TAR:
         yield from _read_list(place, suffixes, with_label)
         return
     loose = 0
-    for path in _walk(place, suffixes, warn=warn):
-        way = path.relative_to(place).parts
+    for path, way in _iterate_ways(place, suffixes, warn):
         if with_label and len(way) == 1:
             loose += 1
         else:
-            yield str(path), way[0] if with_label else None
+            yield path, way[0] if with_label else None
     if loose and warn:
         print_log(f'{place}: passed over {loose} images that are in no class folder', 'current', 30)
+
+
+def _iterate_ways(
+    place: Path, suffixes: tuple[str, ...], warn: bool
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Images of a folder, or of its archives if it has none, with the folders on the way."""
+    if place.is_file():
+        yield from iterate_members(place, suffixes)
+        return
+    before = len(os.path.join(place, ''))
+    path = None
+    for path in _walk(place, suffixes, warn=warn):
+        yield path, tuple(path[before:].split(os.sep))
+    if path is None:
+        for path in _walk(place, (_TAR,)):
+            around = path[before:].split(os.sep)[:-1]
+            yield from ((x, (*around, *way)) for x, way in iterate_members(path, suffixes))
 
 
 def _read_list(
@@ -296,8 +320,8 @@ def _deal(data: list[dict], held: bool) -> list[dict]:
 
 
 def _walk(
-    folder: Path, suffixes: Sequence[str], above: tuple[str, ...] = (), warn: bool = False
-) -> Iterator[Path]:
+    folder: str | Path, suffixes: Sequence[str], above: tuple[str, ...] = (), warn: bool = False
+) -> Iterator[str]:
     """Images below a folder in alphabetical order, without what is hidden."""
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that it is in
@@ -310,19 +334,20 @@ def _walk(
         if warn:
             print_log(f'Passed over a folder that cannot be read, {folder}', 'current', 30)
         return
-    yield from (file for file in files if file.name.lower().endswith(tuple(suffixes)))
-    for path in folders:
-        yield from _walk(path, suffixes, (*above, real), warn)
+    endings = tuple(suffixes)
+    yield from (file.path for file in files if file.name.lower().endswith(endings))
+    for entry in folders:
+        yield from _walk(entry.path, suffixes, (*above, real), warn)
 
 
-def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+def _scan(folder: str | Path) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
     """Folders and files of a folder."""
-    found: tuple[list[Path], list[Path]] = [], []
+    found: tuple[list[os.DirEntry], list[os.DirEntry]] = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if not entry.name.startswith('.'):
-                    found[not entry.is_dir()].append(Path(entry.path))
+                    found[not entry.is_dir()].append(entry)
     except PermissionError as error:
         raise PermissionError(
             f'{folder} cannot be read: permission denied; it needs permission to read and to '
@@ -331,8 +356,8 @@ def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
     return found
 
 
-def _scan_all(folder: Path) -> None:
+def _scan_all(folder: str | Path) -> None:
     """Raise the first PermissionError below a folder without images, which explains them."""
-    for path in _scan(folder)[0]:
-        if not path.is_symlink():
-            _scan_all(path)
+    for entry in _scan(folder)[0]:
+        if not entry.is_symlink():
+            _scan_all(entry.path)

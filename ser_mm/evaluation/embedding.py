@@ -10,6 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmpretrain.registry import DATASETS
 
 from ser_mm.datasets.image_source import check_images
+from ser_mm.datasets.tar_shards import name_of
 from ser_mm.evaluation.backbone import as_config
 from ser_mm.evaluation.data import evaluation_pipeline
 from ser_mm.evaluation.features import CachedFeatures
@@ -112,7 +113,8 @@ def _names(dataset: dict, place: Path) -> list[str]:
     """Paths of the images of a data set, relative to its folder or to that of its list."""
     listed = DATASETS.build(dict(dataset, pipeline=[]))
     root = f'{place if place.is_dir() else place.parent}{os.sep}'
-    return [listed.get_data_info(i)['img_path'].removeprefix(root) for i in range(len(listed))]
+    paths = (listed.get_data_info(i)['img_path'] for i in range(len(listed)))
+    return [name_of(path).removeprefix(root) for path in paths]
 
 
 def check_format(file: str | Path, maps: bool = False) -> None:

@@ -12,6 +12,8 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from ser_mm.datasets import LoadChannels
+from ser_mm.datasets.transforms.load_channels import MEAN, STD
 from ser_mm.evaluation.backbone import as_config, build_backbone
 from ser_mm.evaluation.conversion import to_mmpretrain, to_onnx, to_timm, to_torchvision
 from ser_mm.evaluation.data import build_preprocessor, evaluation_pipeline
@@ -108,7 +110,7 @@ def export_backbone(
             f"network = timm.create_model('local-dir:{out}', pretrained=True, num_classes=0)",
             'network.eval()',
             'data = timm.data.resolve_model_data_config(network)',
-            'transform = timm.data.create_transform(**data)',
+            _preparing(cfg),
         ]
     )
     card = _card(cfg, checkpoint, config, usage.replace(str(out), 'FOLDER'))
@@ -133,8 +135,9 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
             whose image size is what the transforms crop, or 224.
 
     Returns:
-        dict: ``input_size``, ``mean`` and ``std`` of RGB between 0 and 1, ``interpolation``,
-        ``crop_pct`` and ``crop_mode``.
+        dict: ``input_size``, ``mean`` and ``std`` of RGB between 0 and 1, or, of what
+        ``LoadChannels`` loads with other types than uint8, of values as they are in files;
+        ``interpolation``, ``crop_pct`` and ``crop_mode``.
 
     Raises:
         ValueError: If the config says nothing of the normalization.
@@ -147,9 +150,17 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
         mean, std = (
             x.cpu().flatten().expand(channels) for x in (preprocessor.mean, preprocessor.std)
         )
+    mean, std = mean.double() / 255, std.double() / 255
     if _takes_bgr(cfg, channels):
         mean, std = mean.flip(0), std.flip(0)
-    found = {str(x.get('type')).rpartition('.')[2]: x for x in evaluation_pipeline(cfg)}
+    if load := _loads_channels(cfg):
+        of_files = torch.tensor([load.mean, load.std], dtype=torch.float64)
+        scale = 255 / STD * of_files[1]
+        mean, std = of_files[0] + (mean - MEAN / 255) * scale, std * scale
+    found = {
+        str(x.get('type')).rpartition('.')[2].removeprefix('Fast'): x
+        for x in evaluation_pipeline(cfg)
+    }
     crop = found.get('CenterCrop', {}).get('crop_size')
     height, width = getattr(backbone, 'img_size', None) or _pair(crop or 224)
     resize = found.get('ResizeEdge', {})
@@ -163,12 +174,27 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
     return dict(
         input_size=[channels, height, width],
         # As float32 knows them.
-        mean=[float(f'{x:.7g}') for x in (mean.double() / 255).tolist()],
-        std=[float(f'{x:.7g}') for x in (std.double() / 255).tolist()],
+        mean=[float(f'{x:.7g}') for x in mean.tolist()],
+        std=[float(f'{x:.7g}') for x in std.tolist()],
         interpolation=mode if mode in ('nearest', 'bilinear', 'bicubic', 'lanczos') else 'bicubic',
         crop_pct=share,
         crop_mode='center',
     )
+
+
+def _loads_channels(cfg: Config) -> LoadChannels | None:
+    first = next(iter(evaluation_pipeline(cfg)), {})
+    if not str(first.get('type')).endswith('LoadChannels'):
+        return None
+    return LoadChannels(**{key: value for key, value in first.items() if key != 'type'})
+
+
+def _preparing(cfg: Config) -> str:
+    load = _loads_channels(cfg)
+    if not load:
+        return 'transform = timm.data.create_transform(**data)'
+    values = 'values / 255' if load.dtype == 'uint8' else f'values of {load.dtype}'
+    return f"# images: ({values} - data['mean']) / data['std'], by channel"
 
 
 def _first_conv(network: nn.Module) -> str:
@@ -269,6 +295,10 @@ def _card(cfg: Config, checkpoint: str, config: dict, usage: str) -> str:
     with_ser = ' with SER' if cfg.model.get('algorithm') else ''
     late = config['model_args'].get('cls_layer')
     size = ' x '.join(map(str, data['input_size'][1:]))
+    load = _loads_channels(cfg)
+    channels = data['input_size'][0]
+    pixels = {1: 'grey', 3: 'RGB'}.get(channels, f'{channels} channels')
+    values = 'between 0 and 1' if not load or load.dtype == 'uint8' else f'of {load.dtype}'
     lines = [
         '---',
         'library_name: timm',
@@ -285,7 +315,7 @@ def _card(cfg: Config, checkpoint: str, config: dict, usage: str) -> str:
         usage,
         '```',
         '',
-        f'- Images: RGB, {size}, mean {data["mean"]}, std {data["std"]} of values between 0 and 1.',
+        f'- Images: {pixels}, {size}, mean {data["mean"]}, std {data["std"]} of values {values}.',
         *(
             [
                 f'- [CLS] enters after block {late} of {config["model_args"]["depth"]}: '

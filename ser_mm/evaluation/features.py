@@ -29,6 +29,8 @@ from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import TRANSFORMS
 from torch import Tensor, nn
 
+from ser_mm.datasets import LoadChannels
+from ser_mm.datasets.tar_shards import file_of
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
@@ -92,7 +94,8 @@ class Embedder(nn.Module):
 
         Args:
             images (str | Path | Sequence[str | Path | np.ndarray]): A file, or files and arrays
-                (H, W, 3), uint8, BGR.
+                (H, W, 3), uint8, BGR; with ``LoadChannels`` in the config, (H, W, C), of values as
+                in the files, RGB.
             batch_size (int): Images at one time. Defaults to 64.
 
         Returns:
@@ -116,6 +119,8 @@ class Embedder(nn.Module):
         def prepare(image: str | Path | np.ndarray) -> dict:
             if isinstance(image, np.ndarray):
                 size = image.shape[:2]
+                if isinstance(load, LoadChannels):
+                    image = load.scale(image)
                 return pipeline(dict(img=image, img_shape=size, ori_shape=size))
             return pipeline(load(dict(img_path=str(image))))
 
@@ -527,8 +532,8 @@ def stamp_file(file: Any, about: Any = None) -> str:
         latter two of files in this file system, and of ``about``.
     """
     status = None
-    with suppress(OSError, TypeError):  # not in this file system, or not a file
-        found = os.stat(file)
+    with suppress(OSError, TypeError, AttributeError):  # not in this file system, or not a file
+        found = os.stat(file_of(file))
         status = found.st_size, found.st_mtime_ns
     text = f'{file} {status} {about}'
     return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:32]

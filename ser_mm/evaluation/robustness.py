@@ -135,9 +135,18 @@ def corrupted(
             ``root/corruption/severity/class/*.JPEG``. Its images are cropped already, so the
             pipeline's resize is left out. Defaults to None: the clean images are corrupted on the
             fly, when they are cropped.
+
+    Raises:
+        ValueError: If the data set loads images by ``LoadChannels``.
     """
     dataset = deepcopy(dict(dataset))
     pipeline = list(dataset['pipeline'])
+    if pipeline and _name(pipeline[0]) == 'LoadChannels':
+        channels, dtype = pipeline[0]['channels'], pipeline[0]['dtype']
+        raise ValueError(
+            f'evaluation.val has images of {channels} channels of {dtype}, by LoadChannels, and '
+            'corruptions are for colour images of 8 bits; use probe and equivariance instead.'
+        )
     if root is None:
         corrupt = dict(type='Corrupt', corruption=corruption, severity=severity)
         return dict(dataset, pipeline=[*pipeline[:-1], corrupt, pipeline[-1]])

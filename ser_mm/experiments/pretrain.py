@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ser_mm.evaluation.export import export_backbone
+from ser_mm.experiments.channels import describe
 from ser_mm.experiments.recipes import RUN, pretraining_config, processes
 from ser_mm.experiments.report import report
 from ser_mm.experiments.runs import check_settings, finished, train
@@ -18,7 +19,7 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
         data (str | Path): Folder or list of images, see :class:`~ser_mm.datasets.ImageSource`.
         out (str | Path): Folder of the results.
         **options: Those of :func:`~ser_mm.experiments.recipes.pretraining_config`: model, method,
-            weights, image_size, batch_size, epochs, devices, num_workers, val_data, seed.
+            weights, image_size, batch_size, epochs, devices, num_workers, val_data, seed, channels.
 
     Returns:
         Path: ``out``: the config ``run.py``, to be edited and trained by ``ser-mm train`` too;
@@ -46,6 +47,8 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
         ) from error
     name = cfg.model.algorithm.type
     print(f'{name} with SER, {cfg.train_cfg.max_epochs} epochs; logs are in {out}', flush=True)
+    if (load := cfg.train_dataloader.dataset.pipeline[0]).type == 'LoadChannels':
+        print(describe(load), flush=True)
     train({name: cfg}, gpus=processes(options.get('devices')))
     checkpoint = finished(cfg)
     assert checkpoint is not None  # or train would have raised

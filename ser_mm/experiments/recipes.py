@@ -15,6 +15,8 @@ from ser_mm.checkpoint import read_weights
 from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.images import use_images
 from ser_mm.engine.schedules import follow_max_epochs
+from ser_mm.evaluation.data import spaced_indices
+from ser_mm.experiments.channels import MEASURED, load_channels, measure_channels
 from ser_mm.files import read_kept
 from ser_mm.models.backbones.ser_timm_vit import create_timm
 
@@ -57,6 +59,7 @@ def pretraining_config(
     num_workers: int | None = None,
     val_data: str | Path | None = None,
     seed: int = 0,
+    channels: int | None = None,
 ) -> Config:
     """The config of a run: a shipped one, fitted to images, backbone and machine.
 
@@ -84,6 +87,9 @@ def pretraining_config(
         val_data (str | Path, optional): Validation images. Defaults to None: the folder ``val`` in
             ``data``, or every fifth image of each class.
         seed (int): Defaults to 0.
+        channels (int, optional): Of images. Defaults to None: three for grey and colours, or as
+            many as images have. Images of other numbers, or of more than 8 bits, are loaded by
+            :class:`~ser_mm.datasets.LoadChannels`, mean and std measured on them.
 
     Returns:
         Config: With ``work_dir``.
@@ -105,12 +111,23 @@ def pretraining_config(
     cfg = _start(model, method, image_size)
     cfg.work_dir = str(out / RUN)
     cfg.randomness = dict(seed=seed)
+    use_images(cfg, data, val_data)
+    kept = read_kept(Path(f'{cfg.work_dir}.py'), Config.fromfile) or Config()
+    before = kept.get('train_dataloader') or {}
+    train = list_images(cfg.train_dataloader.dataset)
+    load = before['dataset'].pipeline[0] if before else None
+    if load is None or channels not in (None, load.get('channels')):
+        looked = spaced_indices(len(train), MEASURED)
+        load = measure_channels([train.get_data_info(i)['img_path'] for i in looked], channels)
+    if load and load['type'] != 'LoadChannels':
+        load = None
+    if load:
+        load_channels(cfg, load)
     if weights is not None:
         _start_from(weights, cfg.model.algorithm.backbone, model)
-        if model.startswith(_TIMM):
+        if model.startswith(_TIMM) and not load:
             for place in (cfg, cfg.model.algorithm):
                 place.data_preprocessor.update(_pixels_of_timm(cfg))
-    use_images(cfg, data, val_data)
     evaluation = cfg.evaluation
     if evaluation.val.with_label and len(list_images(evaluation.train).metainfo['classes']) < 2:
         for dataset in evaluation.values():
@@ -118,10 +135,8 @@ def pretraining_config(
     for dataset in (cfg.train_dataloader.dataset, *evaluation.values()):
         _resize(dataset.pipeline, image_size)
 
-    kept = read_kept(Path(f'{cfg.work_dir}.py'), Config.fromfile) or Config()
-    before = kept.get('train_dataloader') or {}
     ranks = processes(devices) or 1
-    count = len(list_images(cfg.train_dataloader.dataset))
+    count = len(train)
     batch = batch_size or before.get('batch_size', 0) * ranks or choose_batch_size(count, ranks)
     _check_batch(batch, count, ranks, data)
     if num_workers is None:
@@ -190,9 +205,15 @@ def _start_from(weights: str | Path, backbone: ConfigDict, model: str) -> None:
         MODELS.build(deepcopy(backbone)).init_weights()  # refused before the run
     except ValueError as error:
         told = str(error).partition(' does not fit')[0]
+        channels = backbone.get('in_channels') or (backbone.get('model_args') or {}).get('in_chans')
+        others = (
+            f', or leave them out, if they are of other images than of {channels} channels'
+            if channels not in (None, 3)
+            else ''
+        )
         raise ValueError(
             f'--weights {weights} do not fit --model {model}: choose the model that they are of'
-            f'{"" if told != str(error) else f" ({told})"}.'
+            f'{others}{"" if told != str(error) else f" ({told})"}.'
         ) from error
 
 

@@ -1,6 +1,7 @@
 """What a pretrained backbone has learned, on one page: figures and pictures."""
 
 import html
+import io
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -9,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.transforms import BaseTransform
+from mmengine import fileio
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
+from mmpretrain.registry import TRANSFORMS
 from PIL import Image
 from torch import Tensor
 
+from ser_mm.datasets import LoadChannels
 from ser_mm.engine.logs import read_scalars
 from ser_mm.evaluation.backbone import build_backbone, start_of, token_maps_of
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
@@ -68,8 +73,10 @@ def report(cfg: Config, checkpoint: str, out: Path) -> Path:
     features = torch.nn.functional.normalize(embedder.embed(files), dim=1)
     nearest = (features @ features.T).topk(min(6, len(files)), dim=1).indices.tolist()
     chosen = spaced_indices(len(files), 6)
+    load = TRANSFORMS.build(cfg.evaluation.val.pipeline[0])
     draw_neighbours(
-        [[_thumbnail(files[j]) for j in nearest[i]] for i in chosen], pictures / 'neighbours.png'
+        [[_thumbnail(files[j], load) for j in nearest[i]] for i in chosen],
+        pictures / 'neighbours.png',
     )
 
     before = deepcopy(cfg)
@@ -92,8 +99,15 @@ def _measure(cfg: Config, checkpoint: str | None, images: Tensor) -> dict[str, A
         return dict(layers=equivariance_by_layer(token_maps, [images], TRANSFORMATIONS))
 
 
-def _thumbnail(file: str) -> Image.Image:
-    with Image.open(file) as image:
+def _thumbnail(file: str, load: BaseTransform) -> Image.Image:
+    if isinstance(load, LoadChannels):
+        pixels = load(dict(img_path=file))['img'].clip(0, 255).astype(np.uint8)
+        # As restore_images shows them.
+        pixels = pixels[..., :3] if load.channels > 2 else pixels[..., :1].repeat(3, axis=2)
+        small = Image.fromarray(pixels[..., ::-1] if load.channels == 3 else pixels)
+        small.thumbnail((128, 128))
+        return small
+    with Image.open(io.BytesIO(fileio.get(file))) as image:
         image.draft('RGB', (256, 256))
         if image.mode[0] in 'IF':  # more than 8 bits, which would be cut off
             pixels = np.asarray(image, np.float64)

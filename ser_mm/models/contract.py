@@ -48,6 +48,7 @@ def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
     trial.train()
     stride = getattr(trial.backbone, 'token_map_stride', 16)
     channels = getattr(trial.backbone, 'token_map_channels', None)
+    taken = getattr(trial.backbone, 'image_channels', 3)
     # Networks whose later stages halve maps without padding need larger ones.
     scale = getattr(trial.backbone, 'trial_scale', 1)
     grids = [(height * scale, width * scale) for height, width in GRIDS]
@@ -73,7 +74,7 @@ def try_views(algorithm: nn.Module, owner: str = 'SERAlgorithm') -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), _first_iteration():
             for images in IMAGES:
-                views = [_view(stride, grid, images, scale) for grid in grids]
+                views = [_view(stride, grid, images, scale, taken) for grid in grids]
                 reported = trial.loss(views, [DataSample() for _ in range(len(views[0]))])
                 if channels is not None:
                     for view, grid in zip(views, grids, strict=True):
@@ -199,10 +200,10 @@ def _check_losses(reported: Any, algorithm: nn.Module) -> None:
         raise ValueError(f'no gradient comes from {list(reported)}, which its loss returns')
 
 
-def _view(stride: int, grid: tuple[int, int], images: int, scale: int) -> ViewBatch:
+def _view(stride: int, grid: tuple[int, int], images: int, scale: int, channels: int) -> ViewBatch:
     return ViewBatch(
-        base=torch.randn(2, 3, 4 * scale * stride, 4 * scale * stride),
-        equi=torch.randn(images, 3, *(side * stride for side in grid)),
+        base=torch.randn(2, channels, 4 * scale * stride, 4 * scale * stride),
+        equi=torch.randn(images, channels, *(side * stride for side in grid)),
         elements=torch.zeros(images, dtype=torch.int64),
     )
 

@@ -14,13 +14,16 @@ def restore_images(images: Tensor, preprocessor: BaseDataPreprocessor) -> Tensor
     """Undo the normalization, for display.
 
     Args:
-        images (Tensor): What ``preprocessor`` gave, shape (N, 3, H, W).
+        images (Tensor): What ``preprocessor`` gave, shape (N, C, H, W). One or two channels are
+            shown in grey, by the first; of more than three, the first three in colours.
         preprocessor (BaseDataPreprocessor): With ``mean`` and ``std`` of pixels in 0 to 255.
 
     Returns:
         Tensor: Values in [0, 1], shape (N, H, W, 3), on the CPU.
     """
     pixels = images * preprocessor.std + preprocessor.mean
+    channels = pixels.shape[1]
+    pixels = pixels[:, :3] if channels > 2 else pixels[:, :1].expand(-1, 3, -1, -1)
     return (pixels / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu()
 
 

@@ -221,7 +221,7 @@ def test_other_images_are_refused_in_one_sentence(kind):
         solarize=dict(type='FastSolarize', thr=128, prob=1.0),
     )
     transform = build(configs[kind])
-    for image in (PHOTOS[0].astype(np.float32), PHOTOS[0][..., 0]):
+    for image in (PHOTOS[0].astype(float), PHOTOS[0][..., 0]):
         with pytest.raises(ValueError, match='must be uint8') as error:
             transform(dict(img=image))
         message = str(error.value)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import tifffile
 import torch
 from mmengine.config import Config
 
@@ -17,6 +18,7 @@ from ser_mm.evaluation.features import Embedder
 from ser_mm.experiments.recipes import pretraining_config
 from ser_mm.experiments.report import IMAGES
 from tests.support.command import run_command
+from tests.support.images import write_deep_images
 from tests.support.paths import ROOT
 
 
@@ -26,9 +28,9 @@ def command(images, out, *more):
     return [*script, str(out), *map(str, args)]
 
 
-def assert_loads_elsewhere(folder, expected):
+def assert_loads_elsewhere(folder, expected, channels=3):
     """timm gives the same features in a process that knows nothing of this package."""
-    pixels = torch.randn(2, 3, 64, 64)
+    pixels = torch.randn(2, channels, 64, 64)
     torch.save(pixels, folder.parent / 'pixels.pth')
     late = (folder / 'ser_vit.py').exists()
     script = f"""
@@ -36,7 +38,7 @@ import sys
 import timm, torch
 {'import ser_vit' if late else ''}
 network = timm.create_model('local-dir:{folder}', pretrained=True, num_classes=0).eval()
-assert timm.data.resolve_model_data_config(network)['input_size'][0] == 3
+assert timm.data.resolve_model_data_config(network)['input_size'][0] == {channels}
 with torch.no_grad():
     torch.save(network(torch.load('pixels.pth')), 'features.pth')
 assert not any(x.split('.')[0] in ('ser_mm', 'mmengine', 'mmpretrain') for x in sys.modules)
@@ -122,3 +124,23 @@ def test_folders_of_classes_going_on_from_weights(images, tmp_path, method, name
     # less than a tenth of what random weights differ by.
     moved = sum((after[key] - value).norm() ** 2 for key, value in ours.items()).sqrt()
     assert moved < 0.1 * sum(value.norm() ** 2 for value in ours.values()).sqrt()
+
+
+@pytest.mark.slow
+def test_images_of_five_channels_of_16_bits(tmp_path):
+    write_deep_images(tmp_path / 'data', 24, 5)
+    out = tmp_path / 'out'
+    whole = command(tmp_path / 'data', out, '--epochs', 1)
+    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'images of 5 channels of uint16, mean ' in done.stdout
+    assert 'Skipped' not in (out / 'run.log').read_text()
+    assert 'R2 after block 3' in (out / 'report.html').read_text()
+    embedder = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_1.pth'))
+    assert_loads_elsewhere(out / 'timm', embedder, 5)
+    card = (out / 'timm' / 'README.md').read_text()
+    assert '- Images: 5 channels, 64 x 64, mean [' in card and 'of values of uint16' in card
+    # An array is as a file that holds it.
+    file = tmp_path / 'data' / '0.tif'
+    ours = embedder.embed([file, tifffile.imread(file)])
+    torch.testing.assert_close(ours[0], ours[1])

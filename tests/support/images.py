@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 
@@ -15,3 +16,18 @@ def write_images(root, *names, side=64):
         pixels = rng.integers(0, 255, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path, format='PNG')
     return paths
+
+
+def write_deep_images(folder, count, channels, dtype='uint16'):
+    """Write TIFFs 0.tif, 1.tif, ... of odd sizes and any channels; returns their values."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    most = 255 if dtype == 'uint8' else 4095
+    images = []
+    for number in range(count):
+        shape = (*rng.integers(60, 90, 2), channels)
+        images.append((most * rng.beta(2, 2 + np.arange(channels), shape)).astype(dtype))
+        kept = images[-1][..., 0] if channels == 1 else images[-1]
+        options = {} if channels == 1 else dict(planarconfig='contig')
+        tifffile.imwrite(folder / f'{number}.tif', kept, photometric='minisblack', **options)
+    return images

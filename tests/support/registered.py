@@ -171,6 +171,7 @@ def rows(folder: Path) -> dict[str, Row]:
         FastRandomFlip=Row(dict(prob=0.5), lambda built: built(dict(img=image))),
         FastRandomGrayscale=Row({}, lambda built: built(dict(img=image))),
         FastRandomResizedCrop=Row(dict(scale=8), lambda built: built(dict(img=image))),
+        FastResizeEdge=Row(dict(scale=8), lambda built: built(dict(img=image))),
         FastSolarize=Row(dict(thr=128), lambda built: built(dict(img=image))),
         FreezeLayerHook=Row(dict(layer='neck')),
         FrozenClassifier=Row(
@@ -181,6 +182,10 @@ def rows(folder: Path) -> dict[str, Row]:
             lambda built: built.extract_feat(images),
         ),
         ImageSource=Row(dict(data_root=str(folder), serialize_data=False)),
+        LoadChannels=Row(
+            dict(channels=3, dtype='uint8', mean=[0.5] * 3, std=[0.25] * 3),
+            lambda built: built(dict(img_path=str(path))),
+        ),
         LoadReadableImage=Row({}, lambda built: built(dict(img_path=str(path)))),
         MomentumUpdateHook=Row({}),
         MoveByD4=Row({}, lambda built: built(dict(img=image, sample_idx=0))),

@@ -11,6 +11,8 @@ from .fast_photometry import (
 )
 from .fast_random_flip import FastRandomFlip
 from .fast_random_resized_crop import FastRandomResizedCrop
+from .fast_resize_edge import FastResizeEdge
+from .load_channels import LoadChannels
 from .load_readable_image import LoadReadableImage
 from .move_by_d4 import MoveByD4
 
@@ -25,7 +27,9 @@ __all__ = [
     'FastRandomFlip',
     'FastRandomGrayscale',
     'FastRandomResizedCrop',
+    'FastResizeEdge',
     'FastSolarize',
+    'LoadChannels',
     'LoadReadableImage',
     'MoveByD4',
 ]

@@ -1,7 +1,9 @@
 """MMPretrain's photometry on uint8 images, by tables and OpenCV: same arguments, same draws.
 
-Images are BGR, (H, W, 3), as the loaders of MMCV give them. Results agree with Pillow's, in grey
-levels of 255 (derived and tested in ``tests/datasets/test_fast_photometry.py``):
+Images are BGR, (H, W, 3), as the loaders of MMCV give them. Those of float32, as ``LoadChannels``
+gives them, are neither rounded nor cut off, and may have other channels than three where colours
+do not matter. Results of uint8 agree with Pillow's, in grey levels of 255 (derived and tested
+in ``tests/datasets/test_fast_photometry.py``):
 
 - brightness and contrast, saturation and grayscale within 1 each, solarization exactly;
 - hue: both know it in steps of 1/255 of a turn, in which a fully saturated colour changes by 6.
@@ -64,8 +66,9 @@ class FastColorJitter(ColorJitter):
         Returns:
             dict: With a new ``img``.
         """
-        image = image_of(self, results)
         order, *factors = self._rand_params()
+        colours = any(factors[step] is not None for step in _COLOURS)
+        image = image_of(self, results, any_channels=not colours)
         for step in order:
             if factors[step] is not None:
                 image = _JITTER[step](image, factors[step])
@@ -111,7 +114,7 @@ class FastRandomGrayscale(RandomGrayscale):
         image = image_of(self, results)
         if self._random_prob() < self.prob:
             weights = np.asarray(self.channel_weights, dtype=float)
-            matrix = np.append(weights / weights.sum(), _CUT_OFF)[None]
+            matrix = np.append(weights / weights.sum(), _cut_off(image))[None]
             results['img'] = cv2.cvtColor(cv2.transform(image, matrix), cv2.COLOR_GRAY2BGR)
         return results
 
@@ -160,14 +163,16 @@ class FastGaussianBlur(GaussianBlur):
         Returns:
             dict: With a new ``img``, if it was blurred.
         """
-        image = image_of(self, results)
+        original = image = image_of(self, results, any_channels=True)
         if self.random_disable():
             return results
         box = _pillow_box(self.random_magnitude() if self.radius is None else self.radius)
         for _ in range(3):
             border = cv2.BORDER_REPLICATE
             image = cv2.sepFilter2D(image, cv2.CV_32F, box, box, borderType=border)
-        results['img'] = cv2.convertScaleAbs(image)
+        if original.dtype == np.uint8:
+            image = cv2.convertScaleAbs(image)
+        results['img'] = image.reshape(original.shape)  # of one channel, too
         return results
 
 
@@ -215,11 +220,14 @@ class FastSolarize(Solarize):
         Returns:
             dict: With a new ``img``, if it was solarized.
         """
-        image = image_of(self, results)
+        image = image_of(self, results, any_channels=True)
         if self.random_disable():
             return results
         threshold = self.random_magnitude() if self.thr is None else self.thr
-        results['img'] = cv2.LUT(image, mmcv.solarize(_LEVELS, threshold))
+        if image.dtype == np.uint8:
+            results['img'] = cv2.LUT(image, mmcv.solarize(_LEVELS, threshold))
+        else:
+            results['img'] = mmcv.solarize(image, threshold)
         return results
 
 
@@ -234,8 +242,14 @@ def _check_magnitude(transform: Any, name: str, value: float | None, bounds: Any
 _LEVELS = np.arange(256, dtype=np.uint8)
 
 
-def _blend(grey: int, image: np.ndarray, factor: float) -> np.ndarray:
+def _cut_off(image: np.ndarray) -> float:
+    return _CUT_OFF if image.dtype == np.uint8 else 0.0
+
+
+def _blend(grey: float, image: np.ndarray, factor: float) -> np.ndarray:
     """From one grey level to the image, and beyond: Pillow's ``blend``, level by level."""
+    if image.dtype != np.uint8:
+        return np.float32(grey) + np.float32(factor) * (image - np.float32(grey))
     table = np.float32(grey) + np.float32(factor) * (_LEVELS.astype(np.float32) - grey)
     return cv2.LUT(image, table.clip(0, 255).astype(np.uint8))
 
@@ -245,16 +259,23 @@ def _change_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    mean = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).mean()
-    return _blend(int(mean + 0.5), image, factor)
+    if image.shape[2] != 3:  # no colours, of which green would count the most
+        return _blend(image.mean(dtype=float), image, factor)
+    mean = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).mean(dtype=float)
+    return _blend(int(mean + 0.5) if image.dtype == np.uint8 else mean, image, factor)
 
 
 def _change_saturation(image: np.ndarray, factor: float) -> np.ndarray:
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    return cv2.addWeighted(image, factor, grey, 1 - factor, _CUT_OFF)
+    return cv2.addWeighted(image, factor, grey, 1 - factor, _cut_off(image))
 
 
 def _turn_hue(image: np.ndarray, turns: float) -> np.ndarray:
+    if image.dtype != np.uint8:
+        low = image.min()  # which changes no hue, and HSV begins at 0
+        hsv = cv2.cvtColor(image - low, cv2.COLOR_BGR2HSV)
+        hsv[..., 0] = (hsv[..., 0] + 360 * turns) % 360
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR) + low
     hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV_FULL)
     # As many steps as Pillow takes. OpenCV writes 256 steps a turn, and reads 255.
     turned = (_LEVELS / 256 + int(255 * turns) / 255) % 1
@@ -264,6 +285,7 @@ def _turn_hue(image: np.ndarray, turns: float) -> np.ndarray:
 
 
 _JITTER = (_change_brightness, _change_contrast, _change_saturation, _turn_hue)
+_COLOURS = (2, 3)
 
 
 def _pillow_box(sigma: float) -> np.ndarray:

@@ -36,4 +36,7 @@ class FastRandomFlip(RandomFlip):
     def _flip(self, results: dict) -> None:
         if results.keys() & {'gt_bboxes', 'gt_keypoints', 'gt_seg_map'}:
             return super()._flip(results)
-        results['img'] = cv2.flip(results['img'], _AXES[results['flip_direction']])
+        image = results['img']
+        # OpenCV leaves out the axis of a single channel.
+        flipped = cv2.flip(image, _AXES[results['flip_direction']])
+        results['img'] = flipped.reshape(image.shape)

@@ -17,6 +17,7 @@ class FastRandomResizedCrop(RandomResizedCrop):
     The same stream of random numbers gives the same boxes. Pixels are those of Pillow within 1 grey
     level of 255 (bilinear) or 2 (bicubic), and further off only where the bicubic kernel leaves the
     range of values in one direction and comes back in the other, as Pillow cuts off in between.
+    Float32 images, of any channels, are not cut off.
 
     Args:
         scale (int | Sequence[int]): Size of the crop, or height and width.
@@ -51,7 +52,7 @@ class FastRandomResizedCrop(RandomResizedCrop):
         Returns:
             dict: With ``img`` and ``img_shape``.
         """
-        image = image_of(self, results)
+        image = image_of(self, results, any_channels=True)
         top, left, height, width = self.rand_crop_params(image)
         box = image[top : top + height, left : left + width]
         if not box.flags.writeable or min(box.strides) < 0:  # of which torch makes no tensor

@@ -1,13 +1,16 @@
+import io
 import logging
 from collections.abc import Iterator
 from typing import Literal
 
 from mmcv.transforms import LoadImageFromFile
+from mmengine import fileio
 from mmengine.logging import print_log
 from mmpretrain.registry import TRANSFORMS
 from PIL import Image
 
 from ser_mm.arguments import checked
+from ser_mm.datasets.tar_shards import is_member
 
 
 @TRANSFORMS.register_module()
@@ -58,12 +61,13 @@ def _warn(sentence: str) -> None:
 def _lost(path: str) -> Iterator[tuple[str, str]]:
     """Kinds of what a file holds beyond three channels of 8 bits, and a sentence on each."""
     try:
-        if path.lower().endswith('.png'):  # of which Pillow does not tell the bits
-            with open(path, 'rb') as file:
+        opened = io.BytesIO(fileio.get(path)) if is_member(path) else open(path, 'rb')
+        with opened as file:
+            if path.lower().endswith('.png'):  # of which Pillow does not tell the bits
                 *_, bits, colour = file.read(26)
-            pages, alpha = 1, colour in (4, 6)
-        else:
-            with Image.open(path) as image:
+                pages, alpha = 1, colour in (4, 6)
+            else:
+                image = Image.open(file)
                 bits = max(getattr(image, 'tag_v2', {}).get(258, (8,)))  # BitsPerSample
                 pages, alpha = getattr(image, 'n_frames', 1), 'A' in image.getbands()
     except (OSError, ValueError):
@@ -73,7 +77,8 @@ def _lost(path: str) -> Iterator[tuple[str, str]]:
             'bits',
             f'has {bits} bits a channel, and the upper 8 of 16 are read, so that data of 12 bits '
             'is next to black; stretch such images to 8 bits before, by '
-            "skimage.exposure.rescale_intensity(image, out_range='uint8'), say",
+            "skimage.exposure.rescale_intensity(image, out_range='uint8'), say, or load them by "
+            'LoadChannels, as `ser-mm pretrain` does where most images are like that',
         )
     if alpha:
         yield (

@@ -89,6 +89,11 @@ class SERResNet(StrictPretrained, ResNet):
         self.ser_layer = ser_layer
 
     @property
+    def image_channels(self) -> int:
+        """Channels of images."""
+        return next(self.parameters()).shape[1]
+
+    @property
     def token_map_channels(self) -> int | None:
         """Channels of the token map; None without ``ser_layer``."""
         if self.ser_layer is None:

@@ -155,6 +155,11 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             self.patch_embed.requires_grad_(False)
 
     @property
+    def image_channels(self) -> int:
+        """Channels of images."""
+        return next(self.patch_embed.parameters()).shape[1]
+
+    @property
     def token_map_channels(self) -> int | None:
         """Channels of the token map; None without ``ser_layer``."""
         return None if self.ser_layer is None else self.embed_dims
