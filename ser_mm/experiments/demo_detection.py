@@ -13,15 +13,15 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from ser_mm.datasets import write_bundled_digits
-from ser_mm.engine.logs import read_records
 from ser_mm.engine.operators import require_operators
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.demo import ARMS, CONFIGS
-from ser_mm.experiments.runs import check_settings, finished, reserved, train
+from ser_mm.experiments.detectors import frozen_backbone, train_and_score, without_validation
+from ser_mm.experiments.runs import check_settings, finished, reserved
 from ser_mm.files import write_text
 from ser_mm.visualization import draw_detections
 
-METRICS = {'coco/bbox_mAP': 'box mAP', 'coco/bbox_mAP_50': 'box AP50', 'coco/segm_mAP': 'mask mAP'}
+METRICS = dict(bbox_mAP='box mAP', bbox_mAP_50='box AP50', segm_mAP='mask mAP')
 SHOWN = 4
 """Validation images that are drawn."""
 
@@ -53,20 +53,6 @@ def pretrained_backbone(pretrained: Path, algorithm: str, arm: str, seed: int) -
     return dict(backbone, init_cfg=init_cfg)
 
 
-def frozen_backbone(backbone: Mapping[str, Any]) -> dict:
-    """Config of a pretrained backbone, frozen, as one of MMDetection's.
-
-    Args:
-        backbone (Mapping[str, Any]): Config of a ViT whose ``arch`` is a dict.
-    """
-    return dict(
-        backbone,
-        type=f'mmpretrain.{backbone["type"]}',
-        out_type='featmap',
-        frozen_stages=backbone['arch']['num_layers'],
-    )
-
-
 def detector_config(
     backbone: dict, data: Path, work_dir: Path, seed: int, cfg_options: Mapping[str, Any]
 ) -> Config:
@@ -82,20 +68,13 @@ def detector_config(
     cfg = Config.fromfile(CONFIGS / 'detection.py')
     cfg.model.backbone = frozen_backbone(backbone)
     cfg.model.neck.in_channels = backbone['arch']['embed_dims']
-    for split in ('train', 'val', 'test'):
+    for split in ('train', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = f'{data}/'
-    cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = f'{data}/val.json'
+    cfg.test_evaluator.ann_file = f'{data}/val.json'
     cfg.randomness = dict(seed=seed)
     cfg.work_dir = str(work_dir)
     cfg.merge_from_dict(dict(cfg_options))
-    return cfg
-
-
-def read_metrics(cfg: Config) -> dict[str, float]:
-    """The metrics of the last validation of a run, a value for each of :data:`METRICS`."""
-    # MMDetection reports no metric when a detector finds nothing.
-    found = [r for r in read_records(cfg.work_dir) if 'coco/bbox_mAP' in r] or [{}]
-    return {key: found[-1].get(key, 0.0) for key in METRICS}
+    return without_validation(cfg)
 
 
 def draw(file: Path, arms: Mapping[str, Config]) -> None:
@@ -109,7 +88,7 @@ def draw(file: Path, arms: Mapping[str, Config]) -> None:
     from mmdet.datasets import CocoDataset
 
     cfg = next(iter(arms.values()))
-    data = cfg.val_dataloader.dataset
+    data = cfg.test_dataloader.dataset
     truth = CocoDataset(
         data_root=data.data_root,
         ann_file=data.ann_file,
@@ -138,10 +117,11 @@ def summarize(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Markdown table of the metrics: mean and, over several seeds, standard deviation.
 
     Args:
-        results (Mapping): By the name of a backbone, what :func:`read_metrics` gave for each seed.
+        results (Mapping): By the name of a backbone, for each seed, what MMDetection names
+            'coco/bbox_mAP' and so on.
     """
     rows = [
-        [arm, *(format_mean([run[key] for run in runs]) for key in METRICS)]
+        [arm, *(format_mean([run[f'coco/{name}'] for run in runs]) for name in METRICS)]
         for arm, runs in results.items()
     ]
     return make_table(['backbone', *METRICS.values()], rows)
@@ -201,10 +181,9 @@ def run_detection(
     with reserved(runs):
         for seed, arms in configs.items():
             print(f'seed {seed}: detectors on {", ".join(arms)}; logs are in {out}/seed{seed}')
-            train(arms)
-            for arm, cfg in arms.items():
-                results[arm].append(read_metrics(cfg))
-            if seed == seeds[0]:
+            for arm, found in train_and_score(arms, list(METRICS)).items():
+                results[arm].append({f'coco/{name}': value for name, value in found.items()})
+            if seed == seeds[0] and all(map(finished, arms.values())):  # not removed meanwhile
                 draw(out / 'detections.png', arms)
 
     train_images, val_images = (
