@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 
-from ser_mm.experiments.runs import check_settings, finished, reserved, train
+from ser_mm.experiments.runs import finished, reserved, train
 from ser_mm.files import read_kept, replacing, write_text
 
 
@@ -78,7 +78,8 @@ def train_and_score(
 
     Args:
         runs (Mapping[str, Config]): Configs of MMDetection, see
-            :func:`~ser_mm.experiments.runs.training`.
+            :func:`~ser_mm.experiments.runs.training`, which
+            :func:`~ser_mm.experiments.runs.check_settings` has let pass.
         metrics (Sequence[str]): Names of MMDetection's metrics, without 'coco/'.
         jobs (int, optional): See :func:`~ser_mm.experiments.runs.training`. Defaults to None.
         gpus (int, optional): See :func:`~ser_mm.experiments.runs.training`. Defaults to None.
@@ -90,10 +91,7 @@ def train_and_score(
     Raises:
         BlockingIOError: If another process trains one of them.
         RunError: If a run fails.
-        ValueError: If a folder holds a run with other settings.
     """
-    for cfg in runs.values():
-        check_settings(cfg)  # of all, before the first is trained
     with reserved(runs.values()), DefaultScope.overwrite_default_scope('mmdet'):
         kept = {name: _read_score(cfg, metrics) for name, cfg in runs.items()}
         missing = {name: cfg for name, cfg in runs.items() if kept[name] is None}

@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 from copy import deepcopy
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +268,7 @@ def test_the_table_is_of_the_runs(seeds):
 def score_again(cfg, checkpoint):
     """By MMEngine's Runner and its test loop."""
     cfg = deepcopy(cfg)
-    cfg.update(load_from=checkpoint, work_dir=f'{cfg.work_dir}_again', experiment_name=checkpoint)
+    cfg.update(load_from=checkpoint, work_dir=f'{cfg.work_dir}_again')
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.experiment_name = checkpoint.replace('/', '_')
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -280,12 +278,12 @@ def score_again(cfg, checkpoint):
 @pytest.mark.slow
 def test_a_comparison_that_is_killed_goes_on_and_keeps_what_is_done(data):
     work = data.parent / 'work'
-    call = arguments(data, modes=['unfrozen'], shares=[0.5, 1])
+    call = arguments(data, modes=['unfrozen'], shares=[0.5])
     names = [f'{name}={file}' for name, file in call['backbones'].items()]
     options = [f'{key}={value}' for key, value in QUICK.items()]
     command = [sys.executable, '-m', 'ser_mm.cli.detect', call['config'], '--work-dir', work]
     command += ['--train', call['train'], '--val', call['val'], '--images', call['images']]
-    command += ['--backbones', *names, '--modes', 'unfrozen', '--shares', '0.5', '1']
+    command += ['--backbones', *names, '--modes', 'unfrozen', '--shares', '0.5']
     command += ['--seeds', '0', '1', '--cfg-options', *options]
     first = work / 'runs' / 'early' / 'unfrozen' / 'share0.5' / 'seed0'
     with (data.parent / 'log').open('w') as log:
@@ -309,7 +307,7 @@ def test_a_comparison_that_is_killed_goes_on_and_keeps_what_is_done(data):
 
     # What the runs that wait are started by, all but one in this process, as it is up already.
     configs = sorted(work.glob('runs/*/*/*/seed?.py'))
-    assert len(configs) == 8
+    assert len(configs) == 4
     for config in configs[:-1]:
         folder = config.with_suffix('')
         if folder != first:
@@ -317,18 +315,17 @@ def test_a_comparison_that_is_killed_goes_on_and_keeps_what_is_done(data):
     init_default_scope('mmpretrain')
     results = json.loads(compare_detectors(**call).read_text())
     assert (first / 'epoch_1.pth').stat().st_mtime_ns == written
-    assert len(results['runs']) == 8
+    assert len(results['runs']) == 4
     assert_table_follows(results, (work / 'detection.md').read_text())
 
     start = torch.load(data.parent / 'early.pth')['state_dict']
     trained = torch.load(first / 'epoch_1.pth', weights_only=False)['state_dict']
     assert any(not torch.equal(trained[key], value) for key, value in start.items())
-    run = next(x for x in results['runs'] if x['backbone'] == 'early' and x['share'] == 0.5)
-    cfg = Config.fromfile(f'{first}.py')
-    with redirect_stdout(StringIO()):
-        again = score_again(cfg, str(first / 'epoch_1.pth'))
-    assert run['bbox_mAP'] == again['coco/bbox_mAP']
-    assert run['bbox_mAP_50'] == again['coco/bbox_mAP_50']
+    run = max(results['runs'], key=lambda x: x['bbox_mAP_50'])  # 0 would be little to compare
+    best = work / 'runs' / run['backbone'] / 'unfrozen' / 'share0.5' / f'seed{run["seed"]}'
+    again = score_again(Config.fromfile(f'{best}.py'), str(best / 'epoch_1.pth'))
+    for metric in ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75'):
+        assert run[metric] == again[f'coco/{metric}']
 
     edit(data / 'val.json', lambda content: content['annotations'].pop())
     with pytest.raises(ValueError, match='holds a run with other settings'):

@@ -38,9 +38,11 @@ def write_own_boxes(folder, train=4, val=2):
             pixels = rng.integers(100, size=(64, 64, 3), dtype=np.uint8)
             image = dict(id=100 - number, file_name=f'{split}_{number}.png', width=64, height=64)
             for channel, category in enumerate(CATEGORIES):
-                x, y = rng.integers(40, size=2).tolist()
-                pixels[y : y + 20, x : x + 24, channel] = 255
-                box = dict(bbox=[x, y, 24, 20], area=480, iscrowd=0, category_id=category)
+                # The last one fills the image, so that a detector that has learned little finds it.
+                w, h = (60, 60) if channel == 2 else (24, 20)
+                x, y = (int(rng.integers(64 - side)) for side in (w, h))
+                pixels[y : y + h, x : x + w, channel] = 255
+                box = dict(bbox=[x, y, w, h], area=w * h, iscrowd=0, category_id=category)
                 annotations.append(dict(box, id=len(annotations) + 1, image_id=image['id']))
             Image.fromarray(pixels).save(folder / 'photos' / image['file_name'])
             images.append(image)
