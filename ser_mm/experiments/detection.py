@@ -106,15 +106,17 @@ def compare_detectors(
         check_data(cfg, SCORED)
         check_coco(cfg, SCORED)
         pool, steps = _measure(cfg, gpus or 1)
-    if min(shares) * len(pool) < 1:
+    if min(shares) * len(pool) < 1 - 1e-4:  # of what the sentence rounds
         raise ValueError(
             f'shares: {min(shares):g} of the {len(pool)} images to train on is less than one '
-            f'image; the smallest share is {1 / len(pool):.2g}.'
+            f'image; the smallest share is {1 / len(pool):.6g}.'
         )
     counts = {share: round(share * len(pool)) for share in shares}
     files = {name: _by_seed(checkpoint, seeds) for name, checkpoint in backbones.items()}
     starts: dict[str, tuple[ConfigDict, str | None]] = {
-        file: _start(cfg, name, file, modes) for name in files for file in files[name].values()
+        file: _start(cfg, name, file, modes)
+        for name in files
+        for file in dict.fromkeys(files[name].values())
     }
     random = work_dir / 'weights' / f'{RANDOM}_seed{{seed}}.pth'
     by_name = {name: modes for name in backbones}
