@@ -18,7 +18,7 @@ from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.options import resolve_options
 from ser_mm.experiments.demo import algorithms
-from ser_mm.experiments.detection import run_detection
+from ser_mm.experiments.demo_detection import run_detection
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

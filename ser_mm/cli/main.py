@@ -17,6 +17,7 @@ COMMANDS = {
     'dense': 'token maps under warps: correspondence, accuracy by angle, position by block',
     'tsne': 't-SNE of features, clean and corrupted',
     'embed': 'features of a folder of images, in one file',
+    'detect': 'train detectors on your boxes, by backbone and labelled share, and compare',
     'boxes': 'write the boxes of Tiny ImageNet as annotation files for detection',
     'export': 'write a backbone for timm, torchvision, plain MMPretrain or ONNX',
     'cost': 'FLOPs, operators, parameters and time that SER adds to a training step',

@@ -92,6 +92,23 @@ def check_coco(cfg: Config, dataloaders: Sequence[str] = DATALOADERS[:2]) -> Non
             )
 
 
+def set_num_classes(model: dict, count: int) -> None:
+    """Set the number of classes of all heads of a detector.
+
+    Args:
+        model (dict): Its config, changed in place.
+        count (int): Number of classes.
+
+    Raises:
+        ValueError: If no head has a number of classes.
+    """
+    heads = list(_heads(model, 'model'))
+    if not heads:
+        raise ValueError('model has no head with num_classes; take the config of a detector.')
+    for _, head in heads:
+        head['num_classes'] = count
+
+
 def predicts_masks(cfg: Config) -> bool:
     """Whether the detector of a config finds masks, not only boxes.
 
@@ -193,18 +210,19 @@ def _shorten(names: list[str]) -> str:
 
 
 def _check_heads(field: str, count: int, model: dict) -> None:
-    for name, num_classes in _heads(model, 'model'):
-        if num_classes != count:
+    for name, head in _heads(model, 'model'):
+        number = head['num_classes']
+        if number != count:
             raise ValueError(
-                f'{name}.num_classes = {num_classes}, but {field} has {count} classes. Set it to '
-                f'{count}, or {field}.metainfo=dict(classes=...) to {num_classes} names.'
+                f'{name}.num_classes = {number}, but {field} has {count} classes. Set it to '
+                f'{count}, or {field}.metainfo=dict(classes=...) to {number} names.'
             )
 
 
-def _heads(model: dict, place: str) -> Iterator[tuple[str, int]]:
+def _heads(model: dict, place: str) -> Iterator[tuple[str, dict]]:
     """The parts of a model that have ``num_classes``, but RPNs, whose class is "object"."""
     if 'num_classes' in model:
-        yield place, model['num_classes']
+        yield place, model
     for key, value in model.items():
         parts = {f'.{key}': value}
         if isinstance(value, list | tuple):

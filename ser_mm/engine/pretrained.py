@@ -7,6 +7,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ser_mm.checkpoint import read_weights
+
 from .configs import shipped_configs
 
 
@@ -34,6 +36,27 @@ def check_pretrained(cfg: Config) -> None:
             f'{field} = {path!r} is not a file; name the checkpoint of a pretraining with '
             f'--cfg-options {field}=FILE{made}.'
         )
+
+
+def start_from(backbone: dict, checkpoint: str | Path, prefix: str | None = None) -> None:
+    """Let a backbone start from a checkpoint, with [CLS] inserted where it was in pretraining.
+
+    Args:
+        backbone (dict): Config of the backbone, changed in place.
+        checkpoint (str | Path): File; weights of others, which do not say where [CLS] is inserted,
+            have it from the input.
+        prefix (str, optional): See :func:`~ser_mm.checkpoint.load_backbone`. Defaults to None.
+
+    Raises:
+        pickle.UnpicklingError, ValueError: If the file cannot be read as weights.
+    """
+    backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
+    if prefix is not None:
+        backbone['init_cfg']['prefix'] = prefix
+    if str(backbone['type']).rpartition('.')[2] in ('SERVisionTransformer', 'SERTimmViT'):
+        weights = read_weights(str(checkpoint))
+        late = [x for key, x in weights.items() if key.endswith('cls_after')]
+        backbone['cls_layer'] = int(late[0]) if late and late[0].numel() == 1 else 0
 
 
 def _pretrained(cfg: Any, place: str) -> Iterator[tuple[str, Any]]:

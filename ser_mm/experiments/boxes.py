@@ -1,27 +1,23 @@
 """Detection on the real boxes of Tiny ImageNet: a detector on a frozen backbone, and its mAP."""
 
-import json
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.evaluator import Evaluator
-from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
-from mmpretrain.registry import MODELS
 
 from ser_mm.datasets import write_tiny_imagenet_boxes
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.operators import require_operators
-from ser_mm.experiments.detection import frozen_backbone
-from ser_mm.experiments.runs import check_settings, finished, train
-from ser_mm.files import read_kept, replacing, write_text
+from ser_mm.experiments.detectors import (
+    frozen_backbone,
+    train_and_score,
+    without_validation,
+    write_random,
+)
+from ser_mm.experiments.runs import check_settings
 
 METRICS = ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75')
 
@@ -87,17 +83,9 @@ def box_map(
         )
     check_settings(cfg)
     write_tiny_imagenet_boxes(data_root, work_dir / 'data', *images)
-    result = Path(f'{work_dir}.json')
-    found = read_kept(result, lambda file: json.loads(file.read_text()))
-    if found:
-        return found
-    if checkpoint is None and not Path(start.checkpoint).is_file():
-        _write_random(cfg.model.backbone, seed, Path(start.checkpoint))
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        train({work_dir.name: cfg})
-        found = _score(cfg)
-    write_text(result, json.dumps(found))
-    return found
+    if checkpoint is None:
+        write_random(cfg.model.backbone, seed, Path(start.checkpoint))
+    return train_and_score({work_dir.name: cfg}, METRICS)[work_dir.name]
 
 
 def whole_image_map(annotations: str | Path) -> dict[str, float]:
@@ -160,32 +148,4 @@ def boxes_config(
     cfg.randomness = dict(seed=seed)
     cfg.work_dir = str(work_dir)
     cfg.merge_from_dict(dict(cfg_options or {}))
-    # An interruption between the last checkpoint and the score would leave a run without one.
-    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    return cfg
-
-
-def _write_random(backbone: Mapping[str, Any], seed: int, file: Path) -> None:
-    """Keep random weights, so that loading them leaves the generators as loading others does."""
-    with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope('mmpretrain'):
-        torch.manual_seed(seed)
-        network = MODELS.build(dict(backbone, init_cfg=None))
-        network.init_weights()
-    with replacing(file) as part:
-        torch.save({f'backbone.{key}': value for key, value in network.state_dict().items()}, part)
-
-
-def _score(cfg: Config) -> dict[str, float]:
-    """The metrics of the last checkpoint of a run."""
-    from mmdet.apis import init_detector  # slow to import
-
-    detector = init_detector(deepcopy(cfg), finished(cfg), device=get_device())
-    loader = Runner.build_dataloader(cfg.test_dataloader)
-    evaluator = Evaluator(deepcopy(cfg.test_evaluator))
-    evaluator.dataset_meta = loader.dataset.metainfo
-    with torch.no_grad():
-        for batch in loader:
-            evaluator.process(detector.test_step(batch), batch)
-    metrics = evaluator.evaluate(len(loader.dataset))
-    # MMDetection reports no metric when a detector finds nothing.
-    return {name: float(metrics.get(f'coco/{name}', 0.0)) for name in METRICS}
+    return without_validation(cfg)

@@ -40,6 +40,8 @@ PAIRS = (
     ('views only', 'late [CLS]'),
 )
 """Differences that are reported. The last two are parts of the first."""
+DIFFERENCE = ('95 % interval', 'p', 'positive')
+"""Titles of what is told of a mean difference."""
 
 
 def report_comparison(results: dict[str, Any]) -> str:
@@ -73,18 +75,8 @@ def report_comparison(results: dict[str, Any]) -> str:
             pairs = [(by_arm[one][s].get(key), by_arm[other][s].get(key)) for s in seeds]
             if any(x is None or y is None for x, y in pairs):
                 continue
-            found = paired_difference(*zip(*pairs, strict=True))
-            low, high = found['interval']
-            rows.append(
-                [
-                    title,
-                    f'{found["mean"]:+.4f}',
-                    f'{low:+.4f} to {high:+.4f}',
-                    f'{found["p"]:.3f}',
-                    f'{found["positive"]} of {len(seeds)}',
-                ]
-            )
-        header = [f'{one} - {other}', 'mean', '95 % interval', 'p', 'positive']
+            rows.append([title, *describe_difference(*zip(*pairs, strict=True))])
+        header = [f'{one} - {other}', 'mean', *DIFFERENCE]
         tables.append(make_table(header, rows))
     seeds = sorted({run['seed'] for run in results['runs']})
     tables.append(
@@ -92,6 +84,23 @@ def report_comparison(results: dict[str, Any]) -> str:
         "are of Student's t, uncorrected for the number of comparisons."
     )
     return '\n\n'.join(tables)
+
+
+def describe_difference(one: Sequence[float], other: Sequence[float]) -> list[str]:
+    """Cells of a table: the mean difference of paired values, and :data:`DIFFERENCE`.
+
+    Args:
+        one (Sequence[float]): Two or more values.
+        other (Sequence[float]): As many, in the same order.
+    """
+    found = paired_difference(one, other)
+    low, high = found['interval']
+    return [
+        f'{found["mean"]:+.4f}',
+        f'{low:+.4f} to {high:+.4f}',
+        f'{found["p"]:.3f}',
+        f'{found["positive"]} of {len(one)}',
+    ]
 
 
 def draw_comparison(results: dict[str, Any], stem: Path) -> list[Path]:

@@ -11,9 +11,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS, MODELS
 
-from ser_mm.checkpoint import read_weights
 from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.images import use_images
+from ser_mm.engine.pretrained import start_from
 from ser_mm.engine.schedules import follow_max_epochs
 from ser_mm.evaluation.data import spaced_indices
 from ser_mm.experiments.channels import MEASURED, load_channels, measure_channels
@@ -196,11 +196,7 @@ def _start_from(weights: str | Path, backbone: ConfigDict, model: str) -> None:
     file = Path(weights).expanduser().absolute()
     if not file.is_file():
         raise FileNotFoundError(f'--weights {weights} is not a file; name a checkpoint.')
-    backbone.init_cfg = dict(type='Pretrained', checkpoint=str(file))
-    if backbone.type in ('SERVisionTransformer', 'SERTimmViT'):
-        # [CLS] enters where it did, of which weights of others say nothing.
-        late = [int(v) for k, v in read_weights(str(file)).items() if k.endswith('cls_after')]
-        backbone.cls_layer = late[0] if late else 0
+    start_from(backbone, file)
     try:
         MODELS.build(deepcopy(backbone)).init_weights()  # refused before the run
     except ValueError as error:

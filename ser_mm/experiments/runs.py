@@ -344,6 +344,9 @@ class _Progress:
         self.total, lengths = {}, {}
         for name, cfg in runs.items():
             loader = cfg.train_dataloader
+            if loader.get('num_batch_per_epoch'):
+                self.total[name] = loader.num_batch_per_epoch * cfg.train_cfg.max_epochs
+                continue
             # Without its transforms: what is the same data is listed once.
             dataset = deepcopy(loader.dataset)
             if 'pipeline' in dataset:

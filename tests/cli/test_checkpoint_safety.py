@@ -17,6 +17,7 @@ from mmengine.logging import HistoryBuffer
 from ser_mm import checkpoint
 from ser_mm.cli import main as command_line
 from tests.support.images import write_images
+from tests.support.own_boxes import write_own_boxes
 from tests.support.paths import ROOT
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
@@ -86,6 +87,10 @@ def plant_images(path):
     write_images(path.parent, 'images/a.png')
 
 
+def plant_boxes(path):
+    write_own_boxes(path.parent / 'own')
+
+
 def backbone_option(place):
     return [f'{place}.init_cfg.type=Pretrained', f'{place}.init_cfg.checkpoint=bad.pth']
 
@@ -124,6 +129,11 @@ ENTRIES = {
         ['compare', '--arms', 'ser', '--seeds', '0', '--measures', 'accuracy']
         + ['--work-dir', 'runs', '--cfg-options', 'train_cfg.max_epochs=1']
         + [f'evaluation.{split}.data_root=tiny' for split in ('train', 'val')],
+    ),
+    'detect': (
+        plant_boxes,
+        ['detect', 'faster-rcnn_tiny', '--backbones', 'bad=bad.pth', '--images', 'own/photos']
+        + ['--train', 'own/train.json', '--val', 'own/val.json'],
     ),
     'demo-detection': (plant_demo, ['demo-detection', '--pretrained', 'pretrained']),
 }

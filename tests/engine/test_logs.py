@@ -9,7 +9,9 @@ def test_of_two_starts_the_last_counts(tmp_path):
         file = tmp_path / start / 'vis_data' / 'scalars.json'
         file.parent.mkdir(parents=True)
         lines = [json.dumps(dict(step=step, loss=float(start == 'b'))) for step in steps]
-        file.write_text('\n'.join([*lines, json.dumps(dict(accuracy=1)), '{"step": 5, "lo']))
+        # What is no record, and what a run that was killed has left.
+        ends = [json.dumps(dict(accuracy=1)).encode(), b'3', b'\xff\xfe', b'{"step": 5, "lo']
+        file.write_bytes(b'\n'.join([*map(str.encode, lines), *ends]))
     assert [(r['step'], r['loss']) for r in read_scalars(tmp_path)] == [
         (1, 0.0),
         (2, 0.0),
