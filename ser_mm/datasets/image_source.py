@@ -278,7 +278,8 @@ def _read_list(
         raise ValueError(
             f'{path} is neither a folder nor a text file that lists images, a path on each line.'
         ) from error
-    images: list[tuple[Path, int | None]] = []
+    images: list[tuple[str, int | None]] = []
+    folder = '' if path.parent == Path() else str(path.parent)
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line:
             continue
@@ -295,13 +296,15 @@ def _read_list(
             raise ValueError(
                 f'{path}, line {number}: {line!r} has no label; add a number, counted from 0.'
             )
-        images.append((path.parent / Path(line).expanduser(), label if with_label else None))
-    if images and not any(file.exists() for file, _ in images[:_LOOK]):
+        if line.startswith(('~', './')) or '//' in line or '/./' in line:
+            line = str(Path(line).expanduser())
+        images.append((os.path.join(folder, line), label if with_label else None))
+    if images and not any(os.path.exists(file) for file, _ in images[:_LOOK]):
         raise FileNotFoundError(
             f'{path}: {images[0][0]} and what follows it do not exist; paths in a list are '
             'relative to its folder.'
         )
-    yield from ((str(file), label) for file, label in images)
+    yield from images
 
 
 def _deal(data: list[dict], held: bool) -> list[dict]:

@@ -133,6 +133,15 @@ COMMANDS = {
         'tools/dist_test.sh configs/coco/mask-rcnn_vits16.py '
         'work_dirs/mask-rcnn_vits16/epoch_12.pth 8',
     ],
+    'tests/experiments/test_detection.py::'
+    'test_a_comparison_that_is_killed_goes_on_and_keeps_what_is_done': [
+        'ser-mm detect CONFIG --train JSON --val JSON --images FOLDER '
+        '--backbones A=CHECKPOINT B=CHECKPOINT',
+        'ser-mm detect coco/faster-rcnn_vits16 --train train.json --val val.json --images photos '
+        '--backbones baseline=work_dirs/mocov3_vits16/epoch_100.pth '
+        'SER=work_dirs/ser_mocov3_vits16/epoch_100.pth --scratch --shares 0.01 0.1 1 '
+        '--seeds 0 1 2',
+    ],
     'tests/cli/test_boxes.py::test_files_and_what_is_said_of_them': [
         'ser-mm boxes data/tiny-imagenet-200 data/tiny-imagenet-boxes --train 15 --val 5',
     ],
