@@ -125,6 +125,9 @@ _ADDED = (
 # The parts that hold the weights in checkpoints of MMEngine and Lightning, DeiT and MAE, DINO.
 _HOLDERS = ('state_dict', 'model', 'teacher')
 
+# Names in torch's errors, more than three.
+_LISTS = re.compile(r'"[^"\n]+"(?:, "[^"\n]+"){3,}')
+
 # A prefix of the moving average of another network in the file.
 _AVERAGE = re.compile(r'(?:^|[._])(?:momentum|target|teacher|ema|key|k)(?=[._])')
 
@@ -354,7 +357,7 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
     except RuntimeError as error:
         raise CheckpointError(
             f"{checkpoint} (prefix='{prefix}') does not fit {type(backbone).__name__}; use the "
-            f'backbone config that it was trained with. {error}'
+            f'backbone config that it was trained with. {_LISTS.sub(_few, str(error))}'
         ) from error
     told = f'; left out: {", ".join(left_out)}' if left_out else ''
     print_log(
@@ -362,6 +365,12 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
         f"(prefix='{prefix}'){told}.",
         logger='current',
     )
+
+
+def _few(names: re.Match) -> str:
+    """The first of the names that torch lists; of another network there are hundreds."""
+    listed = names[0].split(', ')
+    return f'{", ".join(listed[:3])} and {len(listed) - 3} more'
 
 
 def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:

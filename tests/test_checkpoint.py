@@ -466,3 +466,11 @@ def test_resuming_continues_bit_by_bit(imagenet_tree, tmp_path):
     assert len(whole) == 9 and len(rest) == 5
     for state, other in zip(rest, whole[4:], strict=True):
         assert [k for k in other if not torch.equal(state[k], other[k])] == []
+
+
+def test_of_many_missing_weights_few_are_named(tmp_path):
+    torch.save(dict(state_dict={'backbone.0.weight': torch.zeros(2, 2)}), tmp_path / 'x.pth')
+    backbone = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(100)))
+    with pytest.raises(ValueError, match=r'"0\.bias", .*and 196 more') as error:
+        load_backbone(backbone, str(tmp_path / 'x.pth'), 'backbone.')
+    assert len(str(error.value)) < 500

@@ -106,7 +106,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_data(parser, 'to evaluate with')
     add_cfg_options(parser, 'override fields of the config, e.g. evaluation.val.indices=100')
     add_launcher(parser)
-    args = parser.parse_args(argv)
+    # The checkpoint may come after options, as tools/dist_train.sh puts it; where it may be left
+    # out, parse_args looks for it beside the config only.
+    args = parser.parse_intermixed_args(argv)
     if args.out.suffix != '.json':
         parser.error(f'--out {args.out}: name a file that ends in .json.')
     try:

@@ -208,6 +208,11 @@ def check_evaluation(
                 f'{field}.with_label = False, but labels are needed; give labelled images with '
                 '--data or in the config.'
             )
+        unlabelled = dataset.get('split', 'unlabeled') == 'unlabeled'  # what STL10 takes by default
+        if labelled and unlabelled and str(dataset.get('type')).endswith('STL10'):
+            raise ValueError(
+                f"{field}.split = 'unlabeled', but labels are needed; set it to 'train' or 'test'."
+            )
     if labelled:
         check_classes(datasets)
         check_labels(datasets)

@@ -127,6 +127,7 @@ def few_shot(
     """
     if draws < 2:
         raise ValueError(f'draws={draws}: the interval needs two or more.')
+    shots = list(dict.fromkeys(shots))  # what is named twice is not drawn more often
     check_shots(train_labels, shots)
     counts = torch.bincount(train_labels)
     starts = counts.cumsum(0) - counts

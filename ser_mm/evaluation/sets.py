@@ -37,13 +37,23 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
 
     Raises:
         FileNotFoundError: If a folder has no images.
-        ValueError: If a name is that of another data set, or the folders are not classes of the
+        ValueError: If a name is that of another field of ``evaluation``, if the transforms of
+            ``evaluation.val`` read no files, or if the folders are not two or more classes of the
             training images.
     """
     found = {}
+    pipeline = cfg.evaluation.val.get('pipeline') or [] if folders else []
+    if folders and not (
+        pipeline and str(pipeline[0]['type']).rpartition('.')[2].startswith('Load')
+    ):
+        raise ValueError(
+            f'{next(iter(folders))}: other sets are files, and evaluation.val, '
+            f'{cfg.evaluation.val.type}, has no transforms that begin with reading one; set '
+            'evaluation.val to a data set whose pipeline begins with LoadImageFromFile.'
+        )
     for name, folder in folders.items():
-        if not name or name in cfg.evaluation:
-            used = f'evaluation.{name} is another data set' if name else 'the set has no name'
+        if not name or name == 'prefix' or name in cfg.evaluation:
+            used = f'evaluation.{name} is something else' if name else 'the set has no name'
             raise ValueError(f'{name}={folder}: {used}; choose another name.')
         place = Path(folder).expanduser()
         if is_main_process():
@@ -56,7 +66,7 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
             data_root=str(place),
             split='all',
             with_label=True,
-            pipeline=cfg.evaluation.val.get('pipeline', []),
+            pipeline=pipeline,
         )
     if not found:
         return {}
@@ -74,6 +84,11 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
             numbers[name] = match_classes(found[name], list(classes))
         except ValueError as error:
             raise ValueError(f'{name}={folder}: {error}') from error
+        if len(found[name]) == 1:
+            raise ValueError(
+                f'{name}={folder}: has one class, {found[name][0]}, and only the classes of a set '
+                'are told apart, so any answer would be right; give two or more.'
+            )
         missing = [i for i in numbers[name] if i not in there]
         if missing:
             raise ValueError(

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from ser_mm.cli.dense import parse_args
 from tests.support.command import run_command
 from tests.support.probed import config, write_checkpoint
 
@@ -32,6 +33,13 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys, monkeypatch):
     assert 'name a file that ends in .json.' in capsys.readouterr().err
     found = run_command('dense', *run, '--layers', 9, '--out', tmp_path / 'a.json')
     assert found.startswith('error: layers=[9]: the network has 4') and '\n' not in found
+
+
+def test_the_checkpoint_may_come_after_options():
+    """As in what tools/dist_train.sh runs."""
+    args = parse_args(['a.py', '--launcher', 'pytorch', 'x.pth', '--layers', '1', '2'])
+    assert (args.config, args.checkpoint, args.layers) == ('a.py', 'x.pth', [1, 2])
+    assert parse_args(['a.py', '--launcher', 'pytorch']).checkpoint is None
 
 
 def test_images_without_labels(imagenet_tree, run, tmp_path):

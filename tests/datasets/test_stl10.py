@@ -4,10 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 from torchvision.datasets import STL10 as OTHER
 
 from ser_mm.datasets import STL10
+from ser_mm.evaluation.data import check_evaluation
 from tests.support.small_images import write_stl10
 
 
@@ -54,3 +56,18 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         images.write_bytes(content)
         with pytest.raises(ValueError, match=rf'test_X\.bin has {len(content)} bytes, no whole'):
             STL10(root, 'test')
+
+
+def test_images_without_labels_are_refused_where_labels_are_needed(tmp_path):
+    root = str(write_stl10(tmp_path / 'stl10'))
+    splits = {
+        'train': dict(type='STL10', data_root=root),
+        'val': dict(type='STL10', data_root=root),
+    }
+    splits['val']['split'] = 'test'
+    cfg = Config(dict(evaluation=splits))
+    with pytest.raises(ValueError, match=r"evaluation\.train\.split = 'unlabeled', but labels"):
+        check_evaluation(cfg)
+    check_evaluation(cfg, labelled=False)
+    cfg.evaluation.train.split = 'train'
+    check_evaluation(cfg)

@@ -91,6 +91,12 @@ def test_floor_and_ceiling_of_few_shot():
     assert some[2]['mean'] == 0
 
 
+def test_shots_named_twice_are_drawn_once():
+    train, labels, queries = apart([4, 9, 5])
+    once = few_shot(train, labels, queries, labels, [1, 3], 3)
+    assert few_shot(train, labels, queries, labels, [1, 3, 3], 3) == once
+
+
 def test_few_shot_refuses():
     train, labels, queries = apart([4, 9, 5])
     with pytest.raises(ValueError, match='shots=5: class 0 has 4 training images'):

@@ -106,6 +106,13 @@ def test_what_cannot_be_a_set(imagenet_tree, tmp_path):
 
     tree = imagenet_tree / 'train'
     assert 'choose another name' in refused(val=tree)
+    assert 'choose another name' in refused(prefix=tree)  # of weights, which is not in this config
+    write_images(tmp_path, 'one/n00000001/a.png')
+    assert 'has one class, n00000001' in refused(one=tmp_path / 'one')
+    # As of CIFAR and STL-10, whose data sets hold pixels
+    pixels = config(imagenet_tree)
+    del pixels.evaluation.val.pipeline[0]
+    assert 'begins with LoadImageFromFile' in refused(pixels, r=tree)
     assert 'does not exist' in refused(r=tmp_path / 'none')
     write_images(tmp_path, 'loose/a.png', 'r/n00000001/a.png', 'r/n00000009/a.png')
     assert 'Make a folder for each class' in refused(r=tmp_path / 'loose')
