@@ -6,3 +6,7 @@ other = dict(type='CIFAR100', data_root='data/cifar100')
 evaluation = dict(train=other, val=other)
 train_dataloader = dict(dataset=other)
 test_dataloader = dict(dataset=other)
+
+pixels = dict(mean=[129.304, 124.070, 112.434], std=[68.170, 65.392, 70.418])
+data_preprocessor = pixels
+model = dict(data_preprocessor=pixels)

@@ -24,3 +24,12 @@ def test_a_corruption_depends_on_the_image_alone():
     assert (image[0, 0] > blue[0, 0]).any() and image[0, 0].argmax() == 0
     with pytest.raises(ValueError, match="corruption='rain', severity=1: choose one of"):
         Corrupt('rain', 1)
+
+
+def test_an_image_without_a_file_is_known_by_its_pixels():
+    """As those of CIFAR and STL-10: it was a KeyError."""
+    photo = np.ascontiguousarray(skimage.data.astronaut()[100:148, 200:248, ::-1])
+    corrupt = Corrupt('gaussian_noise', 3)
+    first, again, other = (corrupt(dict(img=x))['img'] for x in (photo, photo.copy(), photo + 1))
+    assert (first == again).all()
+    assert (first.astype(int) - photo != other.astype(int) - (photo + 1)).mean() > 0.5

@@ -52,18 +52,22 @@ class Corrupt(BaseTransform):
         """Corrupt ``img``, (H, W, 3), uint8, BGR, of at least 32 x 32.
 
         Args:
-            results (dict): With ``img`` and ``img_path``.
+            results (dict): With ``img`` and, of a file, ``img_path``: what is drawn depends on
+                the path, and on the pixels of an image without one. Pixels in RGB order, as
+                CIFAR's, get the stains of ``spatter`` with red and blue exchanged.
 
         Returns:
             dict: With the corrupted ``img``.
         """
-        name = f'{results["img_path"]} {self.corruption} {self.severity}'
+        image = results['img']
+        path = results.get('img_path') or zlib.crc32(np.ascontiguousarray(image).data)
+        name = f'{path} {self.corruption} {self.severity}'
         seed = zlib.crc32(name.encode())
         state = np.random.get_state()
         np.random.seed(seed)  # some corruptions draw from this one, others take a seed
         try:
             image = self.corrupt(
-                np.ascontiguousarray(results['img'][..., ::-1]),
+                np.ascontiguousarray(image[..., ::-1]),
                 severity=self.severity,
                 corruption_name=self.corruption,
                 **(dict(seed=seed) if self.takes_seed else {}),
