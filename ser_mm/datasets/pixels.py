@@ -10,6 +10,10 @@ import tifffile
 TYPES = 'uint8 uint16 uint32 int8 int16 int32 float16 float32 float64'.split()
 """Of the values of images, as NumPy calls them."""
 
+_SAME = 1e-11
+"""Deviation, relative to the mean, that rounding makes of equal values: float64's 1e-16 times the
+number of values, or less."""
+
 _TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 _WHOLE = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
 _VALUES = 20_000
@@ -96,6 +100,19 @@ def _read_tiff(content: bytes, channels: int | None) -> np.ndarray | None:
         return values
 
 
+def check_finite(values: np.ndarray) -> None:
+    """Check that all values of an image are numbers.
+
+    Args:
+        values (np.ndarray): Of any shape.
+
+    Raises:
+        ValueError: If some are infinite or no number; what follows the name of the file.
+    """
+    if values.dtype.kind == 'f' and not np.isfinite(values).all():
+        raise ValueError('has values that are infinite or no number; replace them in the file')
+
+
 def fit_channels(values: np.ndarray, channels: int, dtype: str) -> np.ndarray:
     """Let an image have a number of channels; grey becomes three equal ones.
 
@@ -115,8 +132,7 @@ def fit_channels(values: np.ndarray, channels: int, dtype: str) -> np.ndarray:
         raise ValueError(
             f'has values of {values.dtype.name}, and others {dtype}; write all as one type'
         )
-    if values.dtype.kind == 'f' and not np.isfinite(values).all():
-        raise ValueError('has values that are infinite or no number; replace them in the file')
+    check_finite(values)
     if values.shape[2] == 1 and channels == 3:
         values = values.repeat(3, axis=2)
     if values.shape[2] != channels:
@@ -146,4 +162,5 @@ def measure(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         parts.append((part.mean((0, 1)), part.var((0, 1))))
     means, variances = map(np.array, zip(*parts, strict=True))
     std = np.sqrt(variances.mean(0) + means.var(0))
-    return means.mean(0), np.where(std > 0, std, 1.0)
+    mean = means.mean(0)
+    return mean, np.where(std > _SAME * abs(mean), std, 1.0)
