@@ -24,7 +24,8 @@ def read_pixels(content: bytes, channels: int | None = None) -> np.ndarray:
     """Read an image with all of its channels and bits.
 
     TIFFs are read by tifffile, or by OpenCV where compression, colours or orientation need it, and
-    other formats by OpenCV. Palettes and CMYK become RGB, and EXIF orientation is followed.
+    other formats by OpenCV. Palettes and CMYK become RGB. EXIF orientation is followed where
+    OpenCV does, of 4.12 not in WebP, and not in a PNG of which four channels are asked for.
     Transparency is left out, unless it is the last of the channels that are asked for. Of several
     pages of 8 bits the first is read.
 
