@@ -23,7 +23,7 @@ _VALUES = 20_000
 def read_pixels(content: bytes, channels: int | None = None) -> np.ndarray:
     """Read an image with all of its channels and bits.
 
-    TIFFs are read by tifffile, or by OpenCV where compression, colours or orientation need it, and
+    TIFFs are read by tifffile, or by OpenCV where compression or colours need it, and
     other formats by OpenCV. Palettes and CMYK become RGB. EXIF orientation is followed where
     OpenCV does, of 4.12 not in WebP, and not in a PNG of which four channels are asked for.
     Transparency is left out, unless it is the last of the channels that are asked for. Of several
@@ -77,7 +77,6 @@ def _read_tiff(content: bytes, channels: int | None) -> np.ndarray | None:
         if (
             page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
             or page.bitspersample < 8
-            or (turned and turned.value > 1)
         ):
             return None
         sides = dict(zip(series.axes, series.shape, strict=True))
@@ -98,7 +97,11 @@ def _read_tiff(content: bytes, channels: int | None) -> np.ndarray | None:
         extra = [int(kind) for kind in page.extrasamples]
         if extra and extra[-1] in (1, 2) and values.shape[2] != channels:
             values = values[..., :-1]
-        return values
+        # TIFF 6.0, Orientation: from 5 on rows are columns; 2 to 4 and 6 to 8 begin at other ends.
+        side = turned.value if turned else 1
+        if side in (5, 6, 7, 8):
+            values = values.swapaxes(0, 1)
+        return values[:: -1 if side in (3, 4, 7, 8) else 1, :: -1 if side in (2, 3, 6, 7) else 1]
 
 
 def check_finite(values: np.ndarray) -> None:
