@@ -1,6 +1,7 @@
 """Images in tar archives, read where they are: nothing is unpacked to the disk."""
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -9,14 +10,16 @@ from pathlib import Path
 import numpy as np
 from mmengine.fileio import BaseStorageBackend, register_backend
 
-_BLOCK = 512
+_PART = 2**20
+_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
 
 def iterate_members(file: str | Path, suffixes: Sequence[str]) -> Iterator[tuple[str, tuple]]:
     """Images of a tar archive, in its order.
 
     The archive is read through once in a process, by the headers of its members, and again when it
-    changes. Symbolic links, hidden files, and names that leave their folder are passed over.
+    changes. Symbolic links, hidden files, and names that leave their folder or have control
+    characters are passed over.
 
     Args:
         file (str | Path): An archive that is not compressed.
@@ -93,26 +96,38 @@ def _index(
     links: list[tuple[str, str]] = []
     try:
         with tarfile.open(file, 'r:', errors='replace') as archive:
+            start = -1
             while member := archive.next():
                 archive.members.clear()  # type: ignore[attr-defined]  # which would keep all
+                # Sizes below 0 lead back, for ever in some releases of Python.
+                if member.offset <= start:
+                    raise tarfile.ReadError(f'a size below 0 leads back to byte {member.offset}')
+                start = member.offset
                 name = _plain(member.name)
                 if not name.lower().endswith(suffixes) or member.issparse():
                     continue
                 if member.islnk():  # to what came before
                     links.append((name, _plain(member.linkname)))
                 elif member.isreg():
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError(f'{name} has a size of {member.size} bytes')
                     found.append((name, (member.offset_data, member.size)))
             end = archive.offset
         with open(file, 'rb') as opened:
             opened.seek(end)
-            # Headers that cannot be read end the archive, as blocks of zeros do.
-            if opened.read(_BLOCK).strip(b'\0'):
-                raise tarfile.ReadError(f'there is no header at byte {end}')
+            # For tarfile a header that cannot be read is the end, and so are zeros, be they a hole
+            # or the end of the first of several archives in a file.
+            while part := opened.read(_PART):
+                if part.strip(b'\0'):
+                    raise tarfile.ReadError(
+                        f'it ends at byte {end}, and more follows, damaged or a second archive'
+                    )
     except OSError:
         raise
     except Exception as error:  # tarfile raises many types on damaged headers
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f'{file} is no whole tar archive without compression ({str(error).splitlines()[0]}); '
+            f'{file} is no whole tar archive without compression ({why}); '
             'fetch it anew, decompress it, or leave it out.'
         ) from error
     if links:
@@ -125,5 +140,5 @@ def _index(
 def _plain(name: str) -> str:
     """The name of a member without what says nothing; '' if it is hidden or leaves its folder."""
     parts = [part for part in name.split('/') if part not in ('', '.')]
-    hidden = any(part.startswith('.') for part in parts) or not name.isprintable()
+    hidden = any(part.startswith('.') for part in parts) or _CONTROL.search(name)
     return '' if hidden else '/'.join(parts)

@@ -8,7 +8,7 @@ import numpy as np
 from mmengine import fileio
 from mmengine.config import Config, ConfigDict
 
-from ser_mm.datasets.pixels import fit_channels, measure, read_pixels
+from ser_mm.datasets.pixels import check_finite, fit_channels, measure, read_pixels
 from ser_mm.datasets.transforms.load_channels import MEAN, STD
 from ser_mm.evaluation.data import spaced_indices
 
@@ -41,7 +41,7 @@ def measure_channels(files: Sequence[str], channels: int | None = None) -> dict[
             kinds['uint8', 3] += 1
             continue
         try:
-            values = read_pixels(fileio.get(files[i]), channels)
+            values = _read(files[i], channels)
             kinds[values.dtype.name, values.shape[2]] += 1
         except (OSError, ValueError) as error:
             why = f'{files[i]} {error}.'
@@ -56,7 +56,7 @@ def measure_channels(files: Sequence[str], channels: int | None = None) -> dict[
     def images() -> Iterator[np.ndarray]:
         for file in files:
             try:
-                values = read_pixels(fileio.get(file), channels)
+                values = _read(file, channels)
             except (OSError, ValueError):
                 continue  # skipped in training, too, with a warning
             try:
@@ -65,9 +65,15 @@ def measure_channels(files: Sequence[str], channels: int | None = None) -> dict[
                 raise ValueError(f'{file} {error}.') from error
 
     unit = 255 if dtype == 'uint8' else 1
-    # Seven digits are all that float32 knows.
-    mean, std = ([float(f'{x / unit:.7g}') for x in y] for y in measure(images()))
-    return dict(type='LoadChannels', channels=channels, dtype=dtype, mean=mean, std=std)
+    mean, std = (x / unit for x in measure(images()))
+    return dict(
+        type='LoadChannels',
+        channels=channels,
+        dtype=dtype,
+        # More digits than float32 has: a mean of 32 bits may be many deviations.
+        mean=[float(f'{x:.12g}') for x in mean],
+        std=[float(f'{x:.7g}') for x in std],
+    )
 
 
 def load_channels(cfg: Config, load: dict[str, Any]) -> None:
@@ -115,6 +121,13 @@ def describe(load: Mapping[str, Any]) -> str:
         f'images of {channels} channel{"s" * (channels > 1)} of {dtype}{unit}, mean {mean}, std '
         f'{std}, as measured{colours}'
     )
+
+
+def _read(file: str, channels: int | None) -> np.ndarray:
+    """What raises is skipped in training, too."""
+    values = read_pixels(fileio.get(file), channels)
+    check_finite(values)
+    return values
 
 
 def _without_colours(steps: Sequence[MutableMapping]) -> list[MutableMapping]:

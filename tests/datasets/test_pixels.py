@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ser_mm.datasets.pixels import fit_channels, measure, read_pixels
 
@@ -84,6 +84,19 @@ def test_transparency_is_a_channel_if_that_many_are_asked_for(kind, tmp_path):
     np.testing.assert_array_equal(read_pixels(content), TRIPLE)
     np.testing.assert_array_equal(read_pixels(content, 3), TRIPLE)
     np.testing.assert_array_equal(read_pixels(content, 4), WITH_ALPHA)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_every_orientation_of_any_channels_is_that_of_pillow(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(COLOUR).save(tmp_path / 'x.tif', exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'x.tif')))
+    np.testing.assert_array_equal(read_pixels((tmp_path / 'x.tif').read_bytes()), upright)
+    image = np.concatenate([COLOUR, COLOUR[..., :2]], 2).astype(np.uint16)
+    tiff(image, tmp_path / 'y.tif', extratags=[(0x112, 3, 1, orientation, True)])
+    found = read_pixels((tmp_path / 'y.tif').read_bytes())
+    np.testing.assert_array_equal(found, np.concatenate([upright, upright[..., :2]], 2))
 
 
 def test_orientation_palettes_and_two_levels_are_followed(tmp_path):

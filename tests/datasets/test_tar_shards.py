@@ -42,6 +42,7 @@ def files(tmp_path):
         'a/4.png',
         'b/5.png',
         'a/' + 120 * 'n' + '.png',
+        'b/at 1.00\u202fPM\u3000\u00a0.png',  # spaces of macOS, of Japanese and others
     ]
     write_images(tmp_path / 'files', *names)
     return tmp_path / 'files', names
@@ -133,6 +134,14 @@ def test_members_that_are_not_images_are_passed_over(tmp_path):
         assert fileio.get(path) == image
 
 
+def write_size(content, start, size):
+    """As GNU tar writes what octal digits do not hold; and the sum of the header."""
+    number = size.to_bytes(12, 'big', signed=True)
+    content[start + 124 : start + 136] = bytes([number[0] | 128]) + number[1:]
+    content[start + 148 : start + 156] = b' ' * 8
+    content[start + 148 : start + 156] = b'%06o\0 ' % sum(content[start : start + 512])
+
+
 def damage(name, shard):
     content = bytearray(shard.read_bytes())
     with tarfile.open(shard) as archive:
@@ -143,6 +152,20 @@ def damage(name, shard):
         del content[headers[2] + 600 :]
     elif name == 'a header is other bytes':
         content[headers[1] : headers[1] + 512] = os.urandom(512)
+    elif name == 'a header is zeros':
+        content[headers[1] : headers[1] + 512] = bytes(512)
+    elif name == 'two in one file':
+        content += bytes(content)
+    elif name == 'a size below 0':
+        write_size(content, headers[1], -512)
+    elif name == 'a size below 0 of what is no image':
+        content[headers[1] : headers[1] + 5] = b'x.txt'
+        write_size(content, headers[1], -512)
+    elif name == 'a size beyond the disk':
+        write_size(content, headers[1], 2**62)
+    elif name == 'a long name beyond memory':
+        content[headers[1] + 156] = ord('L')
+        write_size(content, headers[1], 2**62)
     elif name == 'it is compressed':
         import gzip
 
@@ -158,6 +181,12 @@ DAMAGES = [
     'it ends in an image',
     'it ends in the last image',
     'a header is other bytes',
+    'a header is zeros',
+    'two in one file',
+    'a size below 0',
+    'a size below 0 of what is no image',
+    'a size beyond the disk',
+    'a long name beyond memory',
     'it is compressed',
     'it is empty',
     'it is text',

@@ -128,6 +128,34 @@ def test_images_that_nobody_can_read_are_refused_before_the_run(tmp_path):
         measure_channels([str(tmp_path / 'x.tif')])
 
 
+def test_one_image_with_nan_is_passed_over(tmp_path):
+    """As in training; where all have some, the run is refused."""
+    write_deep_images(tmp_path, 6, 2, 'float32')
+    files = sorted(map(str, tmp_path.iterdir()))
+    image = tifffile.imread(files[3])
+    tifffile.imwrite(files[3], image * np.nan, photometric='minisblack', planarconfig='contig')
+    assert measure_channels(files) == measure_channels(files[:3] + files[4:])
+    with pytest.raises(ValueError, match='3.tif has values that are infinite or no number; repl'):
+        measure_channels(files[3:4])
+
+
+def test_a_mean_of_many_deviations_and_a_channel_that_is_one_number(tmp_path):
+    """Of int32, beyond the digits of float32; 0.1 has a deviation by rounding."""
+    rng = np.random.default_rng(0)
+    files = [str(tmp_path / f'{i}.tif') for i in range(4)]
+    for file in files:
+        values = 2_000_000_123 + rng.integers(0, 40, (48, 51))
+        tifffile.imwrite(file, values.astype(np.int32))
+    load = TRANSFORMS.build(measure_channels(files, 1))
+    seen = np.array([load(dict(img_path=file))['img'] for file in files])
+    assert abs(seen.mean(dtype=float) - 127.5) < 0.01
+    for file in files:
+        tifffile.imwrite(file, np.full((48, 51), 0.1))
+    load = TRANSFORMS.build(measure_channels(files, 1))
+    assert np.ptp(load(dict(img_path=files[0]))['img'] - 127.5) == 0
+    assert abs(load(dict(img_path=files[0]))['img'] - 127.5).max() < 0.01
+
+
 def test_a_run_goes_on_with_the_mean_of_its_start(deep, tmp_path):
     first = config(deep, tmp_path)
     (tmp_path / 'out').mkdir()
