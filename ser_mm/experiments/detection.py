@@ -21,7 +21,7 @@ from ser_mm.engine.checks import check_data, check_length, walk_datasets
 from ser_mm.engine.coco import check_coco, set_num_classes
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.pretrained import start_from
-from ser_mm.evaluation.metrics import paired_difference
+from ser_mm.evaluation.metrics import mean_interval
 from ser_mm.evaluation.results import make_table, write_results
 from ser_mm.experiments.detectors import train_and_score, without_validation, write_random
 from ser_mm.experiments.differences import DIFFERENCE, describe_difference
@@ -102,6 +102,7 @@ def compare_detectors(
     seeds = list(dict.fromkeys(map(int, seeds)))
     _check_arguments(backbones, modes, shares, seeds)
     cfg = own_detector(config, train, val, images, val_images or images, cfg_options or {})
+    metrics = _metrics(cfg)
     with DefaultScope.overwrite_default_scope('mmdet'):
         check_data(cfg, SCORED)
         check_coco(cfg, SCORED)
@@ -127,7 +128,9 @@ def compare_detectors(
             backbone.init_cfg = dict(type='Pretrained', checkpoint=file, prefix='backbone.')
             starts[file] = backbone, None
         by_name[RANDOM] = [mode for mode in MODES if mode == 'unfrozen' or mode in modes]
-    inputs = dict(train=_digest(train), val=_digest(val))
+    inputs: dict[str, Any] = dict(train=_digest(train), val=_digest(val))
+    if (gpus or 1) > 1:  # as it makes other batches
+        inputs['processes'] = gpus
     runs = {}
     for seed, share, name in product(seeds, shares, files):
         backbone, digest = starts[files[name][seed]]
@@ -144,7 +147,7 @@ def compare_detectors(
     todo = sum(not finished(own) for own in runs.values())
     print(f'{len(runs)} runs of {steps} steps, {todo} to train; logs are in {work_dir / "runs"}')
     scores = train_and_score(
-        {', '.join(map(str, key)): own for key, own in runs.items()}, _metrics(cfg), jobs, gpus
+        {', '.join(map(str, key)): own for key, own in runs.items()}, metrics, jobs, gpus
     )
     results: dict[str, Any] = dict(
         about=dict(
@@ -190,8 +193,9 @@ def own_detector(
     Raises:
         FileNotFoundError: If a file is missing.
         ImportError: If MMDetection cannot run.
-        ValueError: If the config is not of a detector that is trained by epochs, or the files do
-            not fit each other.
+        ValueError: If the config is not of a detector that is trained by epochs, starts from other
+            weights than the backbone's, or keeps no last checkpoint, or the files do not fit each
+            other.
     """
     cfg = read_config(config)
     if cfg.get('default_scope') != 'mmdet' or 'backbone' not in (cfg.get('model') or {}):
@@ -230,8 +234,7 @@ def own_detector(
             data_prefix=dict(img=f'{abspath(folder)}/'),
             metainfo=dict(classes=classes),
         )
-    evaluators = cfg.test_evaluator
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+    for evaluator in _evaluators(cfg):
         evaluator.ann_file = abspath(val)
     for key in cfg_options:
         other = f'test_{key.removeprefix("val_")}'
@@ -246,6 +249,25 @@ def own_detector(
         raise ValueError(
             f'{config} counts iterations, and shares of images are repeated in epochs; take a '
             'config with train_cfg.max_epochs.'
+        )
+    whole = cfg.model.get('init_cfg')
+    starts = {
+        'load_from': cfg.get('load_from'),
+        'model.init_cfg': whole if 'Pretrained' in str(whole) else None,
+    }
+    for field, start in starts.items():
+        if start:
+            raise ValueError(
+                f'{field} = {start!r} would take the place of the weights of all backbones; set '
+                f'{field}=None.'
+            )
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    interval = hook.get('interval', -1)
+    is_last = interval > 0 and cfg.train_cfg.max_epochs % interval == 0
+    if not hook.get('by_epoch', True) or not (is_last or hook.get('save_last', True)):
+        raise ValueError(
+            'default_hooks.checkpoint leaves out the checkpoint of the last epoch, which is '
+            'scored; set its by_epoch and save_last to True.'
         )
     return without_validation(cfg)
 
@@ -273,8 +295,8 @@ def report_detectors(results: dict[str, Any]) -> str:
         found = {key: [run[key] for run in by_seed.values()] for key in metrics}
         means = [f'{np.mean(values):.3f}' for values in found.values()]
         interval = '-'
-        if len(by_seed) > 1:  # of a mean: of its difference to 0
-            low, high = paired_difference(found['bbox_mAP'], [0.0] * len(by_seed))['interval']
+        if len(by_seed) > 1:
+            low, high = mean_interval(found['bbox_mAP'])['interval']
             interval = f'{low:.3f} to {high:.3f}'
         pairs = groups.get((share, mode, first), {})
         seeds = [seed for seed in by_seed if seed in pairs]
@@ -364,8 +386,8 @@ def _measure(cfg: Config, ranks: int) -> tuple[list[Any], int]:
     """Ids of the images that are trained on, and the steps of all epochs of them."""
     from mmdet.registry import DATASETS
 
-    loader = deepcopy(cfg.train_dataloader)
-    dataset = _dataset(Config(dict(train_dataloader=loader)), 'train')
+    cfg = deepcopy(cfg)
+    loader, dataset = cfg.train_dataloader, _dataset(cfg, 'train')
     dataset.pipeline = []
     own = DATASETS.build(dataset)
     ids = [own.get_data_info(i)['img_id'] for i in range(len(own))]
@@ -374,21 +396,16 @@ def _measure(cfg: Config, ranks: int) -> tuple[list[Any], int]:
             f'train: {dataset.ann_file} has no image that is trained on; filter_cfg of the data '
             f'set, {dataset.get("filter_cfg")}, leaves them all out.'
         )
-    return ids, _steps(loader, len(ids), ranks) * cfg.train_cfg.max_epochs
-
-
-def _steps(loader: ConfigDict, images: int, ranks: int) -> int:
-    """Steps of an epoch of a number of images, with what wraps the data set."""
-    for _, wrapper in walk_datasets('', loader):
-        images *= wrapper.get('times', 1)
-    batches = images / (loader.batch_size * ranks)
+    # What is around it may repeat images.
+    images = len(own if loader.dataset is dataset else DATASETS.build(loader.dataset))
+    batches = math.ceil(images / ranks) / loader.batch_size
     steps = math.floor(batches) if loader.get('drop_last') else math.ceil(batches)
     if not steps:
         raise ValueError(
             f'train_dataloader.batch_size = {loader.batch_size}, but there are {images} images to '
             'train on, which make no batch; lower it.'
         )
-    return steps
+    return ids, steps * cfg.train_cfg.max_epochs
 
 
 def _by_seed(checkpoint: str, seeds: Sequence[int]) -> dict[int, str]:
@@ -412,7 +429,10 @@ def _start(cfg: Config, name: str, checkpoint: str, modes: Sequence[str]) -> tup
     model = deepcopy(cfg.model)
     start_from(model.backbone, file, (cfg.get('evaluation') or {}).get('prefix'))
     with DefaultScope.overwrite_default_scope('mmdet'):
-        network = MODELS.build(model).backbone
+        try:
+            network = MODELS.build(model).backbone
+        except TypeError as error:  # a field that no class takes
+            raise ValueError(f'model of the config cannot be built: {error}') from error
         if not isinstance(network, StrictPretrained):
             raise ValueError(
                 f'model.backbone.type = {model.backbone.type!r} leaves what a checkpoint does not '
@@ -445,7 +465,7 @@ def _run_config(
     """Config of a run."""
     own = deepcopy(cfg)
     own.model.backbone = deepcopy(backbone)
-    if mode == 'unfrozen':
+    if mode == 'unfrozen' and 'frozen_stages' in backbone:  # networks of timm do not take it
         own.model.backbone.frozen_stages = -1
     own.randomness = dict(seed=seed)
     if share < 1:
@@ -488,9 +508,23 @@ def _write_shares(
             write_text(_share_file(work_dir, share, seed), json.dumps(own))
 
 
+def _evaluators(cfg: Config) -> list[ConfigDict]:
+    given = cfg.get('test_evaluator') or []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
 def _metrics(cfg: Config) -> list[str]:
-    """The metrics that the config's evaluators give."""
-    evaluators = cfg.test_evaluator
-    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
-    kinds = str([evaluator.get('metric') for evaluator in evaluators])
+    """The metrics that the config's evaluators give, as COCO defines them."""
+    kinds: set[str] = set()
+    for evaluator in _evaluators(cfg):
+        kind, metric = evaluator.get('type'), evaluator.get('metric') or 'bbox'
+        changed = map(evaluator.get, ('format_only', 'iou_thrs', 'metric_items', 'prefix'))
+        if str(getattr(kind, '__name__', kind)).endswith('CocoMetric') and not any(changed):
+            kinds.update([metric] if isinstance(metric, str) else metric)
+    if 'bbox' not in kinds:
+        raise ValueError(
+            f'test_evaluator = {cfg.get("test_evaluator")} does not give the mAP of boxes as COCO '
+            "defines it; set its type='CocoMetric' and metric='bbox', or a list with it, and leave "
+            'format_only, iou_thrs, metric_items and prefix out.'
+        )
     return [name for name in METRICS if name.partition('_')[0] in kinds]

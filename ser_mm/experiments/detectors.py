@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 
-from ser_mm.experiments.runs import finished, reserved, train
+from ser_mm.experiments.runs import RunError, finished, reserved, train
 from ser_mm.files import read_kept, replacing, write_text
 
 
@@ -90,11 +90,13 @@ def train_and_score(
 
     Raises:
         BlockingIOError: If another process trains one of them.
-        RunError: If a run fails.
+        RunError: If a run fails, or leaves no checkpoint of its last epoch.
     """
     with reserved(runs.values()), DefaultScope.overwrite_default_scope('mmdet'):
         kept = {name: _read_score(cfg, metrics) for name, cfg in runs.items()}
         missing = {name: cfg for name, cfg in runs.items() if kept[name] is None}
+        for cfg in missing.values():  # one that is left of other settings, which were removed
+            Path(f'{cfg.work_dir}.json').unlink(missing_ok=True)
         train(missing, jobs, gpus)
         scores: dict[str, dict[str, float]] = {}
         for name, cfg in runs.items():
@@ -120,7 +122,13 @@ def _score(cfg: Config, metrics: Sequence[str]) -> dict[str, float]:
     """The metrics of the last checkpoint of a run."""
     from mmdet.apis import init_detector  # slow to import
 
-    detector = init_detector(deepcopy(cfg), finished(cfg), device=get_device())
+    checkpoint = finished(cfg)
+    if checkpoint is None:  # of which MMDetection would make a detector of random weights
+        raise RunError(
+            f'{cfg.work_dir} has no epoch_{cfg.train_cfg.max_epochs}.pth, though its run has '
+            'ended; let default_hooks.checkpoint keep that of the last epoch.'
+        )
+    detector = init_detector(deepcopy(cfg), checkpoint, device=get_device())
     loader = Runner.build_dataloader(cfg.test_dataloader)
     evaluator = Evaluator(deepcopy(cfg.test_evaluator))
     evaluator.dataset_meta = loader.dataset.metainfo

@@ -14,9 +14,11 @@ import pytest
 import scipy.stats
 import torch
 from mmdet.registry import DATASETS
+from mmdet.registry import MODELS as DETECTORS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
 from PIL import Image
 
 from ser_mm.cli.train import main as train_command
@@ -134,6 +136,50 @@ def test_all_runs_take_as_many_steps_of_their_share(data, monkeypatch):
     assert len(random) == 2 and all(Path(file).is_file() for file in random)
 
 
+def test_what_repeats_images_makes_more_steps_for_all_shares(data, monkeypatch):
+    config = data.parent / 'balanced.py'
+    config.write_text(
+        f'_base_ = [{str(ROOT / "configs" / "tiny_imagenet" / "faster-rcnn_tiny.py")!r}]\n'
+        'train_dataloader = dict(dataset=dict(\n'
+        "    _delete_=True, type='ClassBalancedDataset', oversample_thr=4.0,\n"
+        '    dataset=_base_.train_dataloader.dataset))\n'
+        "test_evaluator = dict(_delete_=True, type='CocoMetric')\n"  # metric is 'bbox' by default
+    )
+    call = arguments(data, config=config, modes=['frozen'], seeds=[0], shares=[0.5, 1])
+    runs = planned(monkeypatch, **call)
+    init_default_scope('mmdet')
+    for cfg in runs.values():
+        # Each class is in all of the 4 images, which come sqrt(4) times in batches of 2.
+        assert len(Runner.build_dataloader(deepcopy(cfg.train_dataloader))) == 4
+    results = json.loads((call['work_dir'] / 'detection.json').read_text())
+    assert results['about']['steps'] == 4 and 'bbox_mAP' in results['runs'][0]
+
+
+def test_a_network_of_timm_is_trained_with_the_detector(data, monkeypatch):
+    backbone = dict(type='SERTimmViT', model='vit_tiny_patch16_224', out_type='featmap')
+    network = MODELS.build(backbone)
+    torch.save(network.state_dict(), data.parent / 'timm.pth')
+    own = dict(backbone, type='mmpretrain.SERTimmViT', _delete_=True)
+    options = QUICK | {'model.neck.in_channels': 192, 'model.backbone': own}
+    options = {key: x for key, x in options.items() if not key.startswith('model.backbone.')}
+    names = dict(timm=str(data.parent / 'timm.pth'))
+    call = arguments(data, backbones=names, modes=['unfrozen'], seeds=[0], cfg_options=options)
+    (cfg,) = planned(monkeypatch, **call).values()
+    init_default_scope('mmdet')
+    detector = DETECTORS.build(cfg.model)
+    assert all(x.requires_grad for x in detector.backbone.parameters())
+
+
+def test_runs_of_as_many_processes_are_the_same_runs(data, monkeypatch):
+    backbones = dict(early=str(data.parent / 'early.pth'))
+    call = arguments(data, backbones=backbones, seeds=[0], modes=['frozen'])
+    one, same, other = (
+        [cfg.inputs for cfg in planned(monkeypatch, **call, gpus=gpus).values()]
+        for gpus in (None, 1, 2)
+    )
+    assert len(one) == 1 and one == same != other
+
+
 def test_a_seed_in_the_path_is_a_pretraining_of_its_own(data, monkeypatch):
     for seed in (0, 1):
         (data.parent / f'early{seed}.pth').write_bytes((data.parent / 'early.pth').read_bytes())
@@ -175,6 +221,27 @@ def gone(content):
         (None, dict(modes=['half']), "modes: 'half' is not one of frozen and unfrozen"),
         (None, dict(cfg_options=QUICK | {'model.backbone.frozen_stages': 3}), 'weights to train'),
         (None, dict(cfg_options=QUICK | {'val_dataloader.num_workers': 3}), 'set test_dataloader'),
+        (None, dict(cfg_options=QUICK | {'load_from': 'whole.pth'}), 'set load_from=None'),
+        (
+            None,
+            dict(cfg_options=QUICK | {'model.init_cfg': dict(type='Pretrained', checkpoint='x')}),
+            r'set model\.init_cfg=None',
+        ),
+        (
+            None,
+            dict(cfg_options=QUICK | {'default_hooks.checkpoint.by_epoch': False}),
+            'leaves out the checkpoint of the last epoch',
+        ),
+        (
+            None,
+            dict(
+                cfg_options=QUICK | {'default_hooks.checkpoint': dict(interval=2, save_last=False)}
+            ),
+            'leaves out the checkpoint of the last epoch',
+        ),
+        (None, dict(cfg_options=QUICK | {'test_evaluator.metric': 'segm'}), 'not give the mAP of'),
+        (None, dict(cfg_options=QUICK | {'test_evaluator.prefix': 'own'}), 'not give the mAP of'),
+        (None, dict(cfg_options=QUICK | {'model.roi_head.odd': 1}), r'cannot be built: .*\bodd\b'),
         (
             None,
             dict(cfg_options=QUICK | {'model.backbone.arch.feedforward_channels': 50}),
