@@ -173,8 +173,8 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
     mode = resize.get('interpolation', 'bicubic')
     return dict(
         input_size=[channels, height, width],
-        # As float32 knows them.
-        mean=[float(f'{x:.7g}') for x in mean.tolist()],
+        # As float32 knows them; a mean of values of 32 bits may be many deviations.
+        mean=[float(f'{x:.{12 if load else 7}g}') for x in mean.tolist()],
         std=[float(f'{x:.7g}') for x in std.tolist()],
         interpolation=mode if mode in ('nearest', 'bilinear', 'bicubic', 'lanczos') else 'bicubic',
         crop_pct=share,
