@@ -204,7 +204,7 @@ COMMANDS = {
         '--measures --cfg-options train_cfg.max_epochs=2 default_hooks.checkpoint.interval=1',
         'ser-mm compare --config ser_mocov3_tiny_imagenet --jobs 4',
         'ser-mm compare --train-images 25000 --images 500 --solver lbfgs --measures accuracy '
-        'equivariance dense cost --out docs/results/tiny_imagenet --cfg-options '
+        'equivariance dense cost boxes --out docs/results/tiny_imagenet --cfg-options '
         'train_cfg.max_epochs=2 default_hooks.checkpoint.interval=1',
         'ser-mm train faster-rcnn_tiny --cfg-options model.backbone.init_cfg.checkpoint=CHECKPOINT',
         'ser-mm train faster-rcnn_tiny --work-dir work_dirs/faster-rcnn_tiny_128 --cfg-options '
