@@ -532,8 +532,8 @@ def stamp_file(file: Any, about: Any = None) -> str:
         latter two of files in this file system, and of ``about``.
     """
     status = None
-    with suppress(OSError, TypeError, AttributeError):  # not in this file system, or not a file
-        found = os.stat(file_of(file))
+    with suppress(OSError, TypeError):  # not in this file system, or not a file
+        found = os.stat(file_of(os.fspath(file)))
         status = found.st_size, found.st_mtime_ns
     text = f'{file} {status} {about}'
     return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:32]

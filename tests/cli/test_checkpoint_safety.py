@@ -123,7 +123,10 @@ ENTRIES = {
     'embed': (plant_images, ['embed', DEMO, 'bad.pth', '--data', 'images', '--out', 'x.npy']),
     'export': (None, ['export', DEMO, 'bad.pth', 'out']),
     'export to ONNX': (None, ['export', DEMO, 'bad.pth', 'out.onnx', '--to', 'onnx']),
-    'pretrain': (None, ['pretrain', '--data', '.', '--out', '../out', '--weights', 'bad.pth']),
+    'pretrain': (
+        plant_images,
+        ['pretrain', '--data', 'images', '--out', 'out', '--weights', 'bad.pth'],
+    ),
     'compare': (
         plant_comparison,
         ['compare', '--arms', 'ser', '--seeds', '0', '--measures', 'accuracy']
