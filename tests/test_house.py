@@ -118,7 +118,8 @@ def test_options_are_there_still(name, monkeypatch):
     def stop(parser, *args):
         raise Parsed(parser)
 
-    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', stop)
+    for parse in ('parse_args', 'parse_intermixed_args'):
+        monkeypatch.setattr(argparse.ArgumentParser, parse, stop)
     with pytest.raises(Parsed) as end:
         importlib.import_module(f'ser_mm.cli.{name}').parse_args([])
     (parser,) = end.value.args
