@@ -168,6 +168,13 @@ COMMANDS = {
         'make demo-detection',
         'make demo-detection DEMO_ARGS="--seeds 0 1 2"',
     ],
+    HOURS + 'tests/experiments/test_comparison.py::test_whole_chain_goes_on_where_it_was': [
+        'ser-mm compare --config demo/ser_mocov3 --arms untrained baseline late_cls views_only '
+        'ser --seeds 0 --images 450 --measures accuracy corruptions equivariance dense cost '
+        '--work-dir work_dirs/compare_demo',
+        'ser-mm probe configs/demo/ser_mocov3.py '
+        'work_dirs/compare_demo/mocov3/seed0/SER/epoch_8.pth --shots 1 5 10 --epochs 100',
+    ],
     HOURS + 'tests/experiments/test_sweeps.py::test_a_sweep_goes_on_after_an_interruption': [
         'ser-mm ablate addons --seeds 0 --cfg-options train_cfg.max_epochs=4',
         'ser-mm ablate addons --seeds 0 1 2',
