@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import product
-from os.path import abspath, join
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,27 @@ import numpy as np
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
-from ser_mm.checkpoint import StrictPretrained
-from ser_mm.datasets.coco import check_annotations, read_coco
-from ser_mm.engine.checks import check_data, check_length, walk_datasets
-from ser_mm.engine.coco import check_coco, set_num_classes
-from ser_mm.engine.operators import read_config
-from ser_mm.engine.pretrained import start_from
+from ser_mm.datasets.coco import read_coco
+from ser_mm.engine.checks import check_data
+from ser_mm.engine.coco import check_coco
 from ser_mm.evaluation.metrics import mean_interval
 from ser_mm.evaluation.results import make_table, write_results
-from ser_mm.experiments.detectors import train_and_score, without_validation, write_random
+from ser_mm.experiments.detectors import train_and_score, write_random
 from ser_mm.experiments.differences import DIFFERENCE, describe_difference
+from ser_mm.experiments.own_detector import (
+    METRICS,
+    count_steps,
+    own_dataset,
+    own_detector,
+    own_metrics,
+    start_backbone,
+)
 from ser_mm.experiments.runs import check_settings, finished
 from ser_mm.files import write_text
 
 MODES = ('frozen', 'unfrozen')
 RANDOM = 'random'
 """Name of the backbone that is not pretrained."""
-METRICS = dict(bbox_mAP='box mAP', bbox_mAP_50='AP50', bbox_mAP_75='AP75', segm_mAP='mask mAP')
-"""Metrics of a run and their titles; the last one of detectors of masks."""
 SCORED = ('train_dataloader', 'test_dataloader')
 
 
@@ -102,11 +104,11 @@ def compare_detectors(
     seeds = list(dict.fromkeys(map(int, seeds)))
     _check_arguments(backbones, modes, shares, seeds)
     cfg = own_detector(config, train, val, images, val_images or images, cfg_options or {})
-    metrics = _metrics(cfg)
+    metrics = own_metrics(cfg)
     with DefaultScope.overwrite_default_scope('mmdet'):
         check_data(cfg, SCORED)
         check_coco(cfg, SCORED)
-        pool, steps = _measure(cfg, gpus or 1)
+        pool, steps = count_steps(cfg, gpus or 1)
     if min(shares) * len(pool) < 1 - 1e-4:  # of what the sentence rounds
         raise ValueError(
             f'shares: {min(shares):g} of the {len(pool)} images to train on is less than one '
@@ -115,7 +117,7 @@ def compare_detectors(
     counts = {share: round(share * len(pool)) for share in shares}
     files = {name: _by_seed(checkpoint, seeds) for name, checkpoint in backbones.items()}
     starts: dict[str, tuple[ConfigDict, str | None]] = {
-        file: _start(cfg, name, file, modes)
+        file: (start_backbone(cfg, name, file, 'frozen' in modes), _digest(file))
         for name in files
         for file in dict.fromkeys(files[name].values())
     }
@@ -155,7 +157,7 @@ def compare_detectors(
             cfg_options=dict(cfg_options or {}),
             train=str(train),
             val=str(val),
-            classes=_dataset(cfg, 'train').metainfo.classes,
+            classes=own_dataset(cfg, 'train').metainfo.classes,
             train_images=len(pool),
             val_images=len(read_coco(val)['images']),
             steps=steps,
@@ -170,106 +172,6 @@ def compare_detectors(
     )
     write_results(work_dir, 'detection', results, report_detectors(results))
     return work_dir / 'detection.json'
-
-
-def own_detector(
-    config: str | Path,
-    train: Path,
-    val: Path,
-    images: Path,
-    val_images: Path,
-    cfg_options: Mapping[str, Any],
-) -> Config:
-    """Config of a detector on own annotations: their files, classes and their number.
-
-    Args:
-        config (str | Path): See :func:`compare_detectors`.
-        train (Path): See :func:`compare_detectors`.
-        val (Path): See :func:`compare_detectors`.
-        images (Path): See :func:`compare_detectors`.
-        val_images (Path): Folder of the validation images.
-        cfg_options (Mapping[str, Any]): Fields to override in the end.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ImportError: If MMDetection cannot run.
-        ValueError: If the config is not of a detector that is trained by epochs, starts from other
-            weights than the backbone's, or keeps no last checkpoint, or the files do not fit each
-            other.
-    """
-    cfg = read_config(config)
-    if cfg.get('default_scope') != 'mmdet' or 'backbone' not in (cfg.get('model') or {}):
-        raise ValueError(
-            f'{config} is not the config of a detector of MMDetection with model.backbone; take '
-            'one such as coco/faster-rcnn_vits16.'
-        )
-    summaries = {}
-    for split, file in dict(train=train, val=val).items():
-        if not Path(file).exists():
-            raise FileNotFoundError(
-                f"{split}: {file} does not exist; name an annotation file in COCO's format."
-            )
-        summaries[split] = check_annotations(read_coco(file), file, annotated=False)
-    classes, others = (tuple(x.categories.values()) for x in summaries.values())
-    if classes != others:
-        raise ValueError(
-            f'train: {train} has the categories {list(classes)}, and val: {val} has '
-            f'{list(others)}; write the same ones in the same order into both files.'
-        )
-    named = [
-        {abspath(join(folder, image['file_name'])) for image in x.images.values()}
-        for x, folder in zip(summaries.values(), (images, val_images), strict=True)
-    ]
-    if both := sorted(named[0] & named[1]):
-        raise ValueError(
-            f'val: {len(both)} of the images of {val} are in {train} too, such as {both[0]}; take '
-            'them out of one of the files.'
-        )
-
-    set_num_classes(cfg.model, len(classes))
-    for loader, file, folder in (('train', train, images), ('test', val, val_images)):
-        _dataset(cfg, loader).update(
-            data_root='',
-            ann_file=abspath(file),
-            data_prefix=dict(img=f'{abspath(folder)}/'),
-            metainfo=dict(classes=classes),
-        )
-    for evaluator in _evaluators(cfg):
-        evaluator.ann_file = abspath(val)
-    for key in cfg_options:
-        other = f'test_{key.removeprefix("val_")}'
-        if key.startswith('val_') and other not in cfg_options:
-            raise ValueError(
-                f'{key} would change nothing, as detectors are scored on test_dataloader once '
-                f'they are trained; set {other}.'
-            )
-    cfg.merge_from_dict(dict(cfg_options))
-    check_length(cfg)
-    if not cfg.train_cfg.get('max_epochs'):
-        raise ValueError(
-            f'{config} counts iterations, and shares of images are repeated in epochs; take a '
-            'config with train_cfg.max_epochs.'
-        )
-    whole = cfg.model.get('init_cfg')
-    starts = {
-        'load_from': cfg.get('load_from'),
-        'model.init_cfg': whole if 'Pretrained' in str(whole) else None,
-    }
-    for field, start in starts.items():
-        if start:
-            raise ValueError(
-                f'{field} = {start!r} would take the place of the weights of all backbones; set '
-                f'{field}=None.'
-            )
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    interval = hook.get('interval', -1)
-    is_last = interval > 0 and cfg.train_cfg.max_epochs % interval == 0
-    if not hook.get('by_epoch', True) or not (is_last or hook.get('save_last', True)):
-        raise ValueError(
-            'default_hooks.checkpoint leaves out the checkpoint of the last epoch, which is '
-            'scored; set its by_epoch and save_last to True.'
-        )
-    return without_validation(cfg)
 
 
 def report_detectors(results: dict[str, Any]) -> str:
@@ -370,87 +272,13 @@ def _check_arguments(
             raise ValueError(f'seeds: {seed} is negative; take 0 or more.')
 
 
-def _dataset(cfg: Config, loader: str) -> ConfigDict:
-    """The data set that reads the annotations of a loader, inside of what may be around it."""
-    place = f'{loader}_dataloader'
-    found = [x for _, x in walk_datasets(place, cfg.get(place) or {}) if 'ann_file' in x]
-    if len(found) != 1:
-        raise ValueError(
-            f'{place} of the config has {len(found)} data sets with ann_file; take a config with '
-            'one, in which the own annotations can take its place.'
-        )
-    return found[0]
-
-
-def _measure(cfg: Config, ranks: int) -> tuple[list[Any], int]:
-    """Ids of the images that are trained on, and the steps of all epochs of them."""
-    from mmdet.registry import DATASETS
-
-    cfg = deepcopy(cfg)
-    loader, dataset = cfg.train_dataloader, _dataset(cfg, 'train')
-    dataset.pipeline = []
-    own = DATASETS.build(dataset)
-    ids = [own.get_data_info(i)['img_id'] for i in range(len(own))]
-    if not ids:
-        raise ValueError(
-            f'train: {dataset.ann_file} has no image that is trained on; filter_cfg of the data '
-            f'set, {dataset.get("filter_cfg")}, leaves them all out.'
-        )
-    # What is around it may repeat images.
-    images = len(own if loader.dataset is dataset else DATASETS.build(loader.dataset))
-    batches = math.ceil(images / ranks) / loader.batch_size
-    steps = math.floor(batches) if loader.get('drop_last') else math.ceil(batches)
-    if not steps:
-        raise ValueError(
-            f'train_dataloader.batch_size = {loader.batch_size}, but there are {images} images to '
-            'train on, which make no batch; lower it.'
-        )
-    return ids, steps * cfg.train_cfg.max_epochs
-
-
 def _by_seed(checkpoint: str, seeds: Sequence[int]) -> dict[int, str]:
     return {seed: checkpoint.replace('{seed}', str(seed)) for seed in seeds}
 
 
 def _digest(file: str | Path) -> str:
     """Changes when a file does that runs depend on."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _start(cfg: Config, name: str, checkpoint: str, modes: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Config of a backbone that starts from a checkpoint, tried, and the digest of that."""
-    from mmdet.registry import MODELS
-
-    file = Path(checkpoint).expanduser().absolute()
-    if not file.is_file():
-        raise FileNotFoundError(
-            f'backbones: {name}={checkpoint} is not a file; name the checkpoint of a pretraining.'
-        )
-    model = deepcopy(cfg.model)
-    start_from(model.backbone, file, (cfg.get('evaluation') or {}).get('prefix'))
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        try:
-            network = MODELS.build(model).backbone
-        except TypeError as error:  # a field that no class takes
-            raise ValueError(f'model of the config cannot be built: {error}') from error
-        if not isinstance(network, StrictPretrained):
-            raise ValueError(
-                f'model.backbone.type = {model.backbone.type!r} leaves what a checkpoint does not '
-                'fill at random; take one of ser_mm, such as mmpretrain.SERVisionTransformer.'
-            )
-        try:
-            network.init_weights()
-        except ValueError as error:
-            raise ValueError(f'backbones: {name}: {error}') from error
-        parameters = network.parameters()  # type: ignore[attr-defined]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-    if 'frozen' in modes and trained:
-        raise ValueError(
-            f'modes: model.backbone.frozen_stages = {model.backbone.get("frozen_stages")} of the '
-            f'config leaves {trained} of the weights to train; set it to the number of all blocks '
-            'or stages with --cfg-options, or leave frozen out.'
-        )
-    return model.backbone, _digest(file)
+    return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 
 def _run_config(
@@ -469,7 +297,7 @@ def _run_config(
         own.model.backbone.frozen_stages = -1
     own.randomness = dict(seed=seed)
     if share < 1:
-        _dataset(own, 'train').ann_file = str(_share_file(work_dir, share, seed))
+        own_dataset(own, 'train').ann_file = str(_share_file(work_dir, share, seed))
         loader = own.train_dataloader
         # MMEngine ends the epoch after this many batches, wherever in the repetition.
         loader.num_batch_per_epoch = steps // own.train_cfg.max_epochs
@@ -494,7 +322,7 @@ def _write_shares(
     some = [share for share in counts if share < 1]
     if not some:
         return
-    content = read_coco(_dataset(cfg, 'train').ann_file)
+    content = read_coco(own_dataset(cfg, 'train').ann_file)
     images = {image['id']: image for image in content['images']}
     for seed in seeds:
         drawn = draw_shares(ids, [counts[share] for share in some], seed)
@@ -506,25 +334,3 @@ def _write_shares(
                 annotations=[x for x in content['annotations'] if x['image_id'] in kept],
             )
             write_text(_share_file(work_dir, share, seed), json.dumps(own))
-
-
-def _evaluators(cfg: Config) -> list[ConfigDict]:
-    given = cfg.get('test_evaluator') or []
-    return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _metrics(cfg: Config) -> list[str]:
-    """The metrics that the config's evaluators give, as COCO defines them."""
-    kinds: set[str] = set()
-    for evaluator in _evaluators(cfg):
-        kind, metric = evaluator.get('type'), evaluator.get('metric') or 'bbox'
-        changed = map(evaluator.get, ('format_only', 'iou_thrs', 'metric_items', 'prefix'))
-        if str(getattr(kind, '__name__', kind)).endswith('CocoMetric') and not any(changed):
-            kinds.update([metric] if isinstance(metric, str) else metric)
-    if 'bbox' not in kinds:
-        raise ValueError(
-            f'test_evaluator = {cfg.get("test_evaluator")} does not give the mAP of boxes as COCO '
-            "defines it; set its type='CocoMetric' and metric='bbox', or a list with it, and leave "
-            'format_only, iou_thrs, metric_items and prefix out.'
-        )
-    return [name for name in METRICS if name.partition('_')[0] in kinds]

@@ -13,23 +13,20 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from mmdet.registry import DATASETS
 from mmdet.registry import MODELS as DETECTORS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
-from PIL import Image
 
 from ser_mm.cli.train import main as train_command
 from ser_mm.experiments import detection
 from ser_mm.experiments.detection import (
     compare_detectors,
     draw_shares,
-    own_detector,
     report_detectors,
 )
-from tests.support.own_boxes import CATEGORIES, QUICK, write_backbone, write_own_boxes
+from tests.support.own_boxes import QUICK, write_backbone, write_own_boxes
 from tests.support.paths import ROOT
 
 
@@ -69,28 +66,6 @@ def test_shares_are_nested_and_drawn_by_the_seed():
             counts[ids.index(image)] += 1
     # Each is drawn 100 times of 400 with deviation sqrt(400 * 3 / 16), here by up to 5 of them.
     assert abs(counts - 100).max() < 5 * 75**0.5
-
-
-def test_classes_are_those_of_the_files_in_all_heads(data):
-    files = data / 'train.json', data / 'val.json', data / 'photos', data / 'photos'
-    cfg = own_detector('faster-rcnn_tiny', *files, QUICK)
-    assert cfg.model.roi_head.bbox_head.num_classes == 3
-    masks = own_detector('coco/mask-rcnn_vits16', *files, {})
-    heads = masks.model.roi_head
-    assert heads.bbox_head.num_classes == heads.mask_head.num_classes == 3
-    retina = own_detector('coco/retinanet_r50', *files, {})
-    assert retina.model.bbox_head.num_classes == 3
-    init_default_scope('mmdet')
-    for loader in (cfg.train_dataloader, cfg.test_dataloader):
-        dataset = DATASETS.build(loader.dataset)
-        assert len(dataset) == (4 if loader is cfg.train_dataloader else 2)
-        for info in map(dataset.get_data_info, range(len(dataset))):
-            pixels = np.asarray(Image.open(info['img_path']))
-            assert len(info['instances']) == 3
-            for instance in info['instances']:
-                x, y, _, _ = instance['bbox']
-                name = dataset.metainfo['classes'][instance['bbox_label']]
-                assert pixels[y, x, list(CATEGORIES.values()).index(name)] == 255
 
 
 def planned(monkeypatch, **call):

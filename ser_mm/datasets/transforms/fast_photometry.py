@@ -21,7 +21,7 @@ from mmpretrain.datasets.transforms import ColorJitter, GaussianBlur, Solarize
 from mmpretrain.registry import TRANSFORMS
 
 from ser_mm.arguments import NaturalFloat, PositiveFloat, Share, ascending, checked, within
-from ser_mm.datasets.transforms._uint8 import image_of
+from ser_mm.datasets.transforms._image import image_of
 
 Factor = NaturalFloat | Annotated[tuple[NaturalFloat, NaturalFloat], ascending]
 _turn = Annotated[float, within(-0.5, 0.5)]

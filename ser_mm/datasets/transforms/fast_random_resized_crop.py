@@ -6,7 +6,7 @@ from mmpretrain.datasets.transforms import RandomResizedCrop
 from mmpretrain.registry import TRANSFORMS
 
 from ser_mm.arguments import Interval, Natural, NaturalFloat, Size, ascending, checked
-from ser_mm.datasets.transforms._uint8 import image_of
+from ser_mm.datasets.transforms._image import image_of
 
 
 @TRANSFORMS.register_module()
