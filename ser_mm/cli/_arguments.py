@@ -204,8 +204,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_launcher(parser)
 
 
-def add_experiment_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
-    """Add what the commands that train many runs, and measure them, have in common.
+def add_runs_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Add what the commands that train many runs have in common.
 
     Args:
         parser (argparse.ArgumentParser): Of the command.
@@ -227,16 +227,27 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, work_dir: str) -> 
         help='GPUs of each run, or CPU processes where there is no GPU (default: one process)',
     )
     parser.add_argument(
-        '--num-workers',
-        type=workers,
-        default=0,
-        help='additional processes that read images to evaluate (default: 0)',
-    )
-    parser.add_argument(
         '--work-dir',
         type=place,
         default=Path(work_dir),
         help='folder of the runs (default: %(default)s)',
+    )
+    add_cfg_options(parser, 'override fields of the config of all runs')
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Add what the commands that train many runs, and probe them, have in common.
+
+    Args:
+        parser (argparse.ArgumentParser): Of the command.
+        work_dir (str): Default of the folder of the runs.
+    """
+    add_runs_arguments(parser, work_dir)
+    parser.add_argument(
+        '--num-workers',
+        type=workers,
+        default=0,
+        help='additional processes that read images to evaluate (default: 0)',
     )
     parser.add_argument(
         '--solver',
@@ -244,7 +255,6 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, work_dir: str) -> 
         help='how the linear probe is fitted: to convergence, or by a sweep of learning rates '
         f'(default: lbfgs up to {SOLVABLE} training images, else sgd)',
     )
-    add_cfg_options(parser, 'override fields of the config of all runs')
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser, out: str) -> None:

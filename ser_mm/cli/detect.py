@@ -14,13 +14,12 @@ backbones, shares or seeds.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmengine.logging import MMLogger
 
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
-    add_cfg_options,
+    add_runs_arguments,
     check_writable,
     make_parser,
     one_sentence,
@@ -93,24 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='shares of the training images, up to 1, which are drawn by the seed, the smaller in '
         'the larger (default: 1)',
     )
-    parser.add_argument(
-        '--seeds', type=int, nargs='+', default=[0, 1, 2], help='seeds of all (default: 0 1 2)'
-    )
-    parser.add_argument(
-        '--jobs', type=positive(int), default=1, help='runs at the same time (default: 1)'
-    )
-    parser.add_argument(
-        '--gpus',
-        type=positive(int),
-        help='GPUs of each run, or CPU processes where there is no GPU (default: one process)',
-    )
-    parser.add_argument(
-        '--work-dir',
-        type=place,
-        default=Path('work_dirs/detect'),
-        help='folder of runs, shares and results (default: %(default)s)',
-    )
-    add_cfg_options(parser, 'override fields of the config of all detectors')
+    add_runs_arguments(parser, 'work_dirs/detect')
     args = parser.parse_args(argv)
     names = [name for name, _ in args.backbones]
     if twice := next((name for name in names if names.count(name) > 1), None):

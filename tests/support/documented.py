@@ -78,6 +78,8 @@ COMMANDS = {
     'tests/cli/test_embed.py::test_a_folder_by_command': [
         'ser-mm embed CONFIG CHECKPOINT --data FOLDER --out features.npy',
         'ser-mm embed out/run.py out/run/epoch_100.pth --data "my images" --out features.npy',
+    ],
+    'tests/evaluation/test_embedding.py::test_features_are_those_of_timm_and_of_mmpretrain': [
         'ser-mm embed out/run.py out/run/epoch_100.pth --data "my images" --out features.parquet',
     ],
     'tests/cli/test_export.py::test_what_it_prints_loads_what_it_wrote': [
@@ -207,6 +209,10 @@ COMMANDS = {
         '--cfg-options model.backbone.cls_layer=0',
     ],
     TINY: [
+        'ser-mm train twenty.py --auto-scale-lr --cfg-options '
+        'model.backbone.init_cfg.checkpoint=CHECKPOINT',
+        'ser-mm probe twenty.py CHECKPOINT --epochs 10 --probe-batch 64 --lrs 3',
+        'ser-mm probe twenty.py CHECKPOINT --epochs 10 --probe-batch 64',
         'ser-mm compare --arms baseline late_cls views_only ser --seeds 0 1 2 --jobs 12 '
         '--measures --cfg-options train_cfg.max_epochs=2 default_hooks.checkpoint.interval=1',
         'ser-mm compare --config ser_mocov3_tiny_imagenet --jobs 4',
