@@ -14,7 +14,7 @@ model = dict(
         patch_size=8,
         cls_layer=2,  # 0 for weights with [CLS] from the input
         frozen_stages=6,
-        init_cfg=dict(checkpoint='work_dirs/ser_mocov3_tiny_imagenet_short/epoch_20.pth'),
+        init_cfg=dict(checkpoint='work_dirs/ser_mocov3_tiny_imagenet_short/epoch_2.pth'),
     ),
     neck=dict(in_channels=96, out_channels=64, scale_factors=(2, 1, 0.5), num_outs=4),
     rpn_head=dict(

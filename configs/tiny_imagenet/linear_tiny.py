@@ -10,7 +10,7 @@ model = dict(
         img_size=64,
         patch_size=8,
         cls_layer=2,
-        init_cfg=dict(checkpoint='work_dirs/ser_mocov3_tiny_imagenet_short/epoch_20.pth'),
+        init_cfg=dict(checkpoint='work_dirs/ser_mocov3_tiny_imagenet_short/epoch_2.pth'),
     ),
     head=dict(num_classes=200, in_channels=96),
 )

@@ -9,16 +9,15 @@ Arms:
     supervised     the config supervised_... beside the baseline's
 
 Measures are kept run by run: the same command goes on where it was interrupted, and other measures
-or seeds are added by naming them too. Tables alone, of results that are there:
+are added by naming them too. Other arms and seeds join the results in --out, also from another
+machine. Tables alone, of results that are there:
 
     ser-mm compare --tables docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -36,7 +35,7 @@ from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import resolve_options
 from ser_mm.experiments.comparison import ARMS, compare
-from ser_mm.experiments.differences import report_comparison
+from ser_mm.experiments.differences import read_comparison, report_comparison
 from ser_mm.experiments.measures import MEASURES
 
 
@@ -89,20 +88,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _read_results(file: Path) -> dict[str, Any]:
-    """What a comparison wrote."""
-    if not file.is_file():
-        raise FileNotFoundError(f'--tables {file} is no file; name the JSON of a comparison.')
-    try:
-        found = json.loads(file.read_text())
-        whole = bool(found['runs']) and all({'arm', 'seed'} <= run.keys() for run in found['runs'])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f'--tables {file} holds no runs of a comparison; name the JSON of one.')
-    return found
-
-
 @one_sentence(interrupted=INTERRUPTED)
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure, report.
@@ -112,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     if args.tables:
-        print(report_comparison(_read_results(args.tables)))
+        print(report_comparison(read_comparison(args.tables, '--tables')))
         return
     check_writable('--work-dir', args.work_dir)
     check_writable('--out', args.out)

@@ -12,7 +12,11 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
 from ser_mm.evaluation.data import build_loader, check_evaluation, spaced_indices
-from ser_mm.experiments.differences import draw_comparison, report_comparison
+from ser_mm.experiments.differences import (
+    draw_comparison,
+    read_comparison,
+    report_comparison,
+)
 from ser_mm.experiments.figures import stamp_data
 from ser_mm.experiments.measures import MEASURES, check_boxes, measure
 from ser_mm.experiments.runs import check_settings, finished, reserved, train
@@ -121,7 +125,8 @@ def compare(
         seeds (Sequence[int]): Seeds of every arm.
         work_dir (Path): Folder of all runs.
         out (Path): Folder of the results, a JSON file with the name of the base algorithm's config
-            and its tables in Markdown. The JSON is written after each run.
+            and its tables in Markdown. The JSON is written after each run; runs of the same
+            settings that it holds already stay, wherever they were trained.
         cfg_options (Mapping[str, Any]): Fields of the config of all runs to override.
         measures (Sequence[str]): Of :data:`MEASURES`. Defaults to all.
         jobs (int): Runs that train at the same time. Defaults to 1.
@@ -140,7 +145,7 @@ def compare(
         FileNotFoundError: If data is missing.
         ImportError: If boxes are to be measured and MMDetection cannot run.
         RunError: If a run fails.
-        ValueError: If the config or a run is refused.
+        ValueError: If the config or a run is refused, or the JSON holds runs of other settings.
     """
     cfg = load_base(config, cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
@@ -162,19 +167,18 @@ def compare(
     for own in runs.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
-    results: dict[str, Any] = dict(
-        about=dict(
-            config=config.stem,
-            ser_layer=cfg.model.algorithm.backbone.ser_layer,
-            cfg_options=dict(cfg_options),
-            epochs=cfg.train_cfg.max_epochs,
-            batch_size=cfg.train_dataloader.batch_size,
-            images=images,
-            train_images=train_images,
-            solver=solver,
-        ),
-        runs=[],
+    about = dict(
+        config=config.stem,
+        ser_layer=cfg.model.algorithm.backbone.ser_layer,
+        cfg_options=dict(cfg_options),
+        epochs=cfg.train_cfg.max_epochs,
+        batch_size=cfg.train_dataloader.batch_size,
+        images=images,
+        train_images=train_images,
+        solver=solver,
     )
+    kept = _kept_runs(file, about)
+    results: dict[str, Any] = dict(about=about, runs=kept)
     with reserved(runs.values()):
         todo = sum(not finished(own) for own in trained.values())
         print(f'{len(runs)} runs, {todo} to train; logs are in {work_dir}', flush=True)
@@ -190,13 +194,36 @@ def compare(
             own = _with_train_images(own, some)
             wanted = [x for x in measures if x != 'cost' or arm not in ('untrained', 'supervised')]
             found = measure(own, checkpoint, layer, wanted, data, images, num_workers, solver)
-            results['runs'].append(dict(arm=ARMS[arm], seed=seed, **found))
+            kept[:] = [run for run in kept if (run['arm'], run['seed']) != (ARMS[arm], seed)]
+            kept.append(dict(arm=ARMS[arm], seed=seed, **found))
+            kept.sort(key=lambda run: (run['seed'], list(ARMS.values()).index(run['arm'])))
             write_text(file, json.dumps(results, indent=1) + '\n')
     text = report_comparison(results)
     write_text(file.with_suffix('.md'), f'{text}\n')
     draw_comparison(results, file.with_suffix(''))
     print(f'\n{text}\n\nResults are in {file} and .md.')
     return file
+
+
+def _kept_runs(file: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Runs that results hold already, which others may have trained elsewhere."""
+    if not file.is_file():
+        return []
+    found = read_comparison(file, '--out')
+    given = found.get('about') or {}
+    # As JSON has it: tuples are lists there.
+    about = json.loads(json.dumps(about))
+    others = [
+        f'{key} {given.get(key)!r}, here {about.get(key)!r}'
+        for key in (about | given)
+        if given.get(key) != about.get(key)
+    ]
+    if others:
+        raise ValueError(
+            f'--out: {file} holds runs of other settings ({"; ".join(others)}); name another '
+            'folder, or move that file away.'
+        )
+    return found['runs']
 
 
 def _with_train_images(cfg: Config, indices: Sequence[int] | None) -> Config:

@@ -1,5 +1,6 @@
 """What a comparison found: tables with paired differences, and curves by angle and by block."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,29 @@ DIFFERENCE = ('95 % interval', 'p', 'positive')
 """Titles of what is told of a mean difference."""
 
 
+def read_comparison(file: Path, option: str) -> dict[str, Any]:
+    """Read what :func:`~ser_mm.experiments.comparison.compare` wrote.
+
+    Args:
+        file (Path): Its JSON file.
+        option (str): Option that names the file or its folder, for messages.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f'{option} {file} is no file; name the JSON of a comparison.')
+    try:
+        found = json.loads(file.read_text())
+        whole = bool(found['runs']) and all({'arm', 'seed'} <= run.keys() for run in found['runs'])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f'{option} {file} holds no runs of a comparison; name the JSON of one.')
+    return found
+
+
 def report_comparison(results: dict[str, Any]) -> str:
     """Tables in Markdown: means and deviations by arm, and paired differences.
 
@@ -57,10 +81,7 @@ def report_comparison(results: dict[str, Any]) -> str:
     rows = [
         [
             title,
-            *(
-                format_mean(values) if (values := _values(runs, key)) else '-'
-                for runs in by_arm.values()
-            ),
+            *(_format_figure(_values(runs, key), len(runs)) for runs in by_arm.values()),
         ]
         for key, title in columns.items()
     ]
@@ -84,6 +105,13 @@ def report_comparison(results: dict[str, Any]) -> str:
         "are of Student's t, uncorrected for the number of comparisons."
     )
     return '\n\n'.join(tables)
+
+
+def _format_figure(values: Sequence[float], runs: int) -> str:
+    """A cell of a table: a mean that is not of all runs says of how many it is."""
+    if not values:
+        return '-'
+    return format_mean(values) + (f' ({len(values)} of {runs})' if len(values) < runs else '')
 
 
 def describe_difference(one: Sequence[float], other: Sequence[float]) -> list[str]:

@@ -44,6 +44,12 @@ def test_arm_of_other_seeds_is_shown_and_not_compared():
     assert '| runs         |             2 |     1 |' in text and 'SER - baseline' not in text
 
 
+def test_mean_of_fewer_runs_says_so():
+    found = results(baseline=[0.1, 0.2], SER=[0.3, 0.5])
+    found['runs'][0]['knn'] = 0.25
+    assert '| k-NN         | 0.250 (1 of 2) |             - |' in report_comparison(found)
+
+
 def arms(config=CONFIG, names=ARMS, **options):
     cfg = load_base(find_config(config), options)
     return {name: arm_config(cfg, name, 0, Path('work'), options) for name in names}
@@ -141,6 +147,27 @@ def test_settings_of_the_untrained_network_are_kept(tmp_path):
     assert 'untrained holds a run with other settings' in said
 
 
+def test_runs_of_another_machine_join(tmp_path):
+    root = write_tiny_imagenet(tmp_path / 'tiny')
+    data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
+    few = ['compare', '--config', CONFIG, '--arms', 'untrained', '--measures', '--out', tmp_path]
+    for seed in (1, 0, 1):
+        places = ['--seeds', seed, '--work-dir', tmp_path / f'machine{seed}']
+        assert run_command(*few, *places, '--cfg-options', *data) is None
+    file = tmp_path / 'mocov3_tiny_imagenet_short.json'
+    written = file.read_text()
+    assert [run['seed'] for run in json.loads(written)['runs']] == [0, 1]
+    other = ['--seeds', 2, '--work-dir', tmp_path / 'other', '--images', 7, '--cfg-options', *data]
+    said = run_command(*few, *other)
+    assert said == (
+        f'error: --out: {file} holds runs of other settings (images 1000, here 7); name another '
+        'folder, or move that file away.'
+    )
+    assert file.read_text() == written and not (tmp_path / 'other').exists()
+    file.write_text('{}')
+    assert 'holds no runs of a comparison' in run_command(*few, *places, '--cfg-options', *data)
+
+
 def test_tables_of_what_is_no_comparison(tmp_path, capsys):
     file = tmp_path / 'found.json'
     assert 'is no file; name' in run_command('compare', '--tables', file)
@@ -188,7 +215,9 @@ def test_whole_chain_goes_on_where_it_was(tmp_path, capsys):
     told = capsys.readouterr().out
     assert '1 runs, 0 to train' in told
     assert 'train: features' in told  # those of the probe are still there for the corruptions
-    (run,) = json.loads(file.read_text())['runs']
+    again = json.loads(file.read_text())['runs']
+    assert again[:-1] == first['runs'][:-1]  # those that were not named stay
+    run = again[-1]
     assert run['losses'] == by_arm['SER']['losses'] and run['probe'] == by_arm['SER']['probe']
     assert set(run['corruptions_by_kind']) == set(CORRUPTIONS)
     assert all(len(x) == 5 for x in run['corruptions_by_kind'].values())
