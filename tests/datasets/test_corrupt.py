@@ -33,3 +33,11 @@ def test_an_image_without_a_file_is_known_by_its_pixels():
     first, again, other = (corrupt(dict(img=x))['img'] for x in (photo, photo.copy(), photo + 1))
     assert (first == again).all()
     assert (first.astype(int) - photo != other.astype(int) - (photo + 1)).mean() > 0.5
+
+
+@pytest.mark.parametrize(('path', 'red'), [(dict(img_path='a'), 2), ({}, 0)])
+def test_stains_are_brown_in_either_order_of_channels(path, red):
+    """BGR of a file, RGB of CIFAR, where they were blue."""
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    means = Corrupt('spatter', 5)(dict(img=grey, **path))['img'].mean((0, 1))
+    assert means[red] > means[1] > means[2 - red]

@@ -49,17 +49,18 @@ class Corrupt(BaseTransform):
         self.takes_seed = 'seed' in inspect.signature(corruption_dict[corruption]).parameters
 
     def transform(self, results: dict) -> dict:
-        """Corrupt ``img``, (H, W, 3), uint8, BGR, of at least 32 x 32.
+        """Corrupt ``img``, (H, W, 3), uint8, of at least 32 x 32.
 
         Args:
             results (dict): With ``img`` and, of a file, ``img_path``: what is drawn depends on
-                the path, and on the pixels of an image without one. Pixels in RGB order, as
-                CIFAR's, get the stains of ``spatter`` with red and blue exchanged.
+                the path, and on the pixels of an image without one. Images of files are BGR, as
+                the readers give them; those without a path are RGB, as of CIFAR.
 
         Returns:
             dict: With the corrupted ``img``.
         """
         image = results['img']
+        order = -1 if results.get('img_path') else 1
         path = results.get('img_path') or zlib.crc32(np.ascontiguousarray(image).data)
         name = f'{path} {self.corruption} {self.severity}'
         seed = zlib.crc32(name.encode())
@@ -67,14 +68,14 @@ class Corrupt(BaseTransform):
         np.random.seed(seed)  # some corruptions draw from this one, others take a seed
         try:
             image = self.corrupt(
-                np.ascontiguousarray(image[..., ::-1]),
+                np.ascontiguousarray(image[..., ::order]),
                 severity=self.severity,
                 corruption_name=self.corruption,
                 **(dict(seed=seed) if self.takes_seed else {}),
             )
         finally:
             np.random.set_state(state)
-        results['img'] = np.ascontiguousarray(image[..., ::-1])
+        results['img'] = np.ascontiguousarray(image[..., ::order])
         return results
 
     def __repr__(self) -> str:
