@@ -1,4 +1,4 @@
-# mocov3_tiny_imagenet.py for 2 CPU cores, 45 minutes on one of them: a ViT of 96 x 6, and small
+# mocov3_tiny_imagenet.py for 2 CPU cores, 40 minutes on one of them: a ViT of 96 x 6, and small
 # batches, so that 2 epochs have 1562 steps. The baseline of ser_mocov3_tiny_imagenet_short.py.
 _base_ = ['mocov3_tiny_imagenet.py']
 
@@ -11,6 +11,7 @@ train_dataloader = dict(batch_size=128)
 optim_wrapper = dict(optimizer=dict(lr=1.5e-3))
 max_epochs = 2
 param_scheduler = [
+    # In steps, so that it stays where the run is made shorter.
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=150),
     dict(_base_.param_scheduler[1], T_max=max_epochs, begin=0, end=max_epochs),
 ]

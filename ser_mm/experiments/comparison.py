@@ -1,5 +1,6 @@
 """Arms of a comparison, seed by seed: trained, measured, and set against each other."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -125,8 +126,8 @@ def compare(
         seeds (Sequence[int]): Seeds of every arm.
         work_dir (Path): Folder of all runs.
         out (Path): Folder of the results, a JSON file with the name of the base algorithm's config
-            and its tables in Markdown. The JSON is written after each run; runs of the same
-            settings that it holds already stay, wherever they were trained.
+            and its tables in Markdown. The JSON is written after each run; runs of the same recipe
+            and measures that it holds already stay, wherever they were trained.
         cfg_options (Mapping[str, Any]): Fields of the config of all runs to override.
         measures (Sequence[str]): Of :data:`MEASURES`. Defaults to all.
         jobs (int): Runs that train at the same time. Defaults to 1.
@@ -145,7 +146,8 @@ def compare(
         FileNotFoundError: If data is missing.
         ImportError: If boxes are to be measured and MMDetection cannot run.
         RunError: If a run fails.
-        ValueError: If the config or a run is refused, or the JSON holds runs of other settings.
+        ValueError: If the config or a run is refused, or if the JSON holds runs of other settings,
+            or this arm and seed from another ``work_dir``.
     """
     cfg = load_base(config, cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
@@ -171,14 +173,23 @@ def compare(
         config=config.stem,
         ser_layer=cfg.model.algorithm.backbone.ser_layer,
         cfg_options=dict(cfg_options),
+        recipe=_recipe(cfg),
         epochs=cfg.train_cfg.max_epochs,
         batch_size=cfg.train_dataloader.batch_size,
         images=images,
         train_images=train_images,
         solver=solver,
     )
-    kept = _kept_runs(file, about)
-    results: dict[str, Any] = dict(about=about, runs=kept)
+    for run in _kept_runs(file, about):
+        for (arm, seed), own in runs.items():
+            elsewhere = not Path(f'{own.work_dir}.py').is_file()
+            if (run['arm'], run['seed']) == (ARMS[arm], seed) and elsewhere:
+                raise ValueError(
+                    f'--out: {file} holds {arm} (seed {seed}) already, from elsewhere than '
+                    f'{work_dir}; leave it out, or name another --out.'
+                )
+    order = list(ARMS.values())
+    results: dict[str, Any] = dict(about=about)
     with reserved(runs.values()):
         todo = sum(not finished(own) for own in trained.values())
         print(f'{len(runs)} runs, {todo} to train; logs are in {work_dir}', flush=True)
@@ -194,9 +205,11 @@ def compare(
             own = _with_train_images(own, some)
             wanted = [x for x in measures if x != 'cost' or arm not in ('untrained', 'supervised')]
             found = measure(own, checkpoint, layer, wanted, data, images, num_workers, solver)
-            kept[:] = [run for run in kept if (run['arm'], run['seed']) != (ARMS[arm], seed)]
+            # Read again: somebody may have added runs while these were trained.
+            kept = _kept_runs(file, about)
+            kept = [run for run in kept if (run['arm'], run['seed']) != (ARMS[arm], seed)]
             kept.append(dict(arm=ARMS[arm], seed=seed, **found))
-            kept.sort(key=lambda run: (run['seed'], list(ARMS.values()).index(run['arm'])))
+            results['runs'] = sorted(kept, key=lambda x: (order.index(x['arm']), x['seed']))
             write_text(file, json.dumps(results, indent=1) + '\n')
     text = report_comparison(results)
     write_text(file.with_suffix('.md'), f'{text}\n')
@@ -210,20 +223,43 @@ def _kept_runs(file: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     found = read_comparison(file, '--out')
-    given = found.get('about') or {}
-    # As JSON has it: tuples are lists there.
-    about = json.loads(json.dumps(about))
+    given = found.get('about')
+    given = given if isinstance(given, dict) else {}
+    # What options change is in the recipe, without the places of files.
     others = [
-        f'{key} {given.get(key)!r}, here {about.get(key)!r}'
-        for key in (about | given)
-        if given.get(key) != about.get(key)
+        f'{key} {given.get(key)!r}, here {value!r}'
+        for key, value in about.items()
+        if given.get(key) != value and key != 'cfg_options'
     ]
     if others:
         raise ValueError(
             f'--out: {file} holds runs of other settings ({"; ".join(others)}); name another '
             'folder, or move that file away.'
         )
+    unknown = {run['arm'] for run in found['runs']} - set(ARMS.values())
+    if unknown:
+        raise ValueError(
+            f'--out: {file} has arms of another kind ({", ".join(sorted(map(str, unknown)))}); '
+            'name another folder, or move that file away.'
+        )
     return found['runs']
+
+
+def _recipe(cfg: Config) -> str:
+    """A digest of all that training and evaluation depend on, without the places of files."""
+    keys = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'evaluation')
+    loader = cfg.train_dataloader
+    parts = {key: cfg.get(key) for key in keys}
+    parts |= {key: loader.get(key) for key in ('batch_size', 'sampler', 'dataset')}
+    text = json.dumps(_without_places(parts), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without_places(value: Any) -> Any:
+    places = ('data_root', 'data_prefix', 'ann_file', 'folder')
+    if isinstance(value, Mapping):
+        return {k: _without_places(x) for k, x in value.items() if k not in places}
+    return [*map(_without_places, value)] if isinstance(value, list | tuple) else value
 
 
 def _with_train_images(cfg: Config, indices: Sequence[int] | None) -> Config:

@@ -94,9 +94,9 @@ def report_comparison(results: dict[str, Any]) -> str:
         rows = []
         for key, title in columns.items():
             pairs = [(by_arm[one][s].get(key), by_arm[other][s].get(key)) for s in seeds]
-            if any(x is None or y is None for x, y in pairs):
-                continue
-            rows.append([title, *describe_difference(*zip(*pairs, strict=True))])
+            pairs = [(x, y) for x, y in pairs if x is not None and y is not None]
+            if len(pairs) > 1:
+                rows.append([title, *describe_difference(*zip(*pairs, strict=True))])
         header = [f'{one} - {other}', 'mean', *DIFFERENCE]
         tables.append(make_table(header, rows))
     seeds = sorted({run['seed'] for run in results['runs']})

@@ -50,6 +50,13 @@ def test_mean_of_fewer_runs_says_so():
     assert '| k-NN         | 0.250 (1 of 2) |             - |' in report_comparison(found)
 
 
+def test_differences_are_of_the_seeds_that_have_both():
+    found = results(baseline=[0.1, 0.2, 0.3], SER=[0.1, 0.2, 0.4])
+    for run in found['runs'][:2] + found['runs'][3:]:
+        run['knn'] = run['probe']
+    assert '| k-NN           | +0.0000 |' in report_comparison(found)
+
+
 def arms(config=CONFIG, names=ARMS, **options):
     cfg = load_base(find_config(config), options)
     return {name: arm_config(cfg, name, 0, Path('work'), options) for name in names}
@@ -148,10 +155,10 @@ def test_settings_of_the_untrained_network_are_kept(tmp_path):
 
 
 def test_runs_of_another_machine_join(tmp_path):
-    root = write_tiny_imagenet(tmp_path / 'tiny')
-    data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
     few = ['compare', '--config', CONFIG, '--arms', 'untrained', '--measures', '--out', tmp_path]
-    for seed in (1, 0, 1):
+    for seed in (1, 0, 1):  # whose images are elsewhere, too
+        root = write_tiny_imagenet(tmp_path / f'tiny{seed}')
+        data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
         places = ['--seeds', seed, '--work-dir', tmp_path / f'machine{seed}']
         assert run_command(*few, *places, '--cfg-options', *data) is None
     file = tmp_path / 'mocov3_tiny_imagenet_short.json'
@@ -162,6 +169,14 @@ def test_runs_of_another_machine_join(tmp_path):
     assert said == (
         f'error: --out: {file} holds runs of other settings (images 1000, here 7); name another '
         'folder, or move that file away.'
+    )
+    faster = ['--seeds', 2, '--work-dir', tmp_path / 'other', '--cfg-options', *data]
+    said = run_command(*few, *faster, 'optim_wrapper.optimizer.lr=0.1')
+    assert 'holds runs of other settings (recipe ' in said
+    again = ['--seeds', 1, '--work-dir', tmp_path / 'other', '--cfg-options', *data]
+    assert run_command(*few, *again) == (
+        f'error: --out: {file} holds untrained (seed 1) already, from elsewhere than '
+        f'{tmp_path / "other"}; leave it out, or name another --out.'
     )
     assert file.read_text() == written and not (tmp_path / 'other').exists()
     file.write_text('{}')

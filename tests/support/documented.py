@@ -151,6 +151,8 @@ COMMANDS = {
         'ser-mm compare',
         'ser-mm compare --out docs/results/tiny_imagenet',
         'ser-mm compare --tables docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json',
+        'ser-mm compare --tables '
+        'docs/results/tiny_imagenet/batches_of_512/mocov3_tiny_imagenet_short.json',
     ],
     'tests/engine/test_compiling.py::test_train_compiled_and_resume_without': [
         'ser-mm train configs/ser_mocov3_vits16.py --compile',
@@ -213,12 +215,14 @@ COMMANDS = {
         'model.backbone.init_cfg.checkpoint=CHECKPOINT',
         'ser-mm probe twenty.py CHECKPOINT --epochs 10 --probe-batch 64 --lrs 3',
         'ser-mm probe twenty.py CHECKPOINT --epochs 10 --probe-batch 64',
-        'ser-mm compare --arms baseline late_cls views_only ser --seeds 0 1 2 --jobs 12 '
-        '--measures --cfg-options train_cfg.max_epochs=2 default_hooks.checkpoint.interval=1',
         'ser-mm compare --config ser_mocov3_tiny_imagenet --jobs 4',
-        'ser-mm compare --train-images 25000 --images 500 --solver lbfgs --measures accuracy '
-        'equivariance dense cost boxes --out docs/results/tiny_imagenet --cfg-options '
-        'train_cfg.max_epochs=2 default_hooks.checkpoint.interval=1',
+        'ser-mm compare --arms untrained baseline late_cls views_only ser --seeds 0 --jobs 2 '
+        '--train-images 25000 --images 500 --solver lbfgs --out docs/results/tiny_imagenet',
+        'ser-mm compare --seeds 0 1 2 --jobs 12 --train-images 25000 --images 500 --solver lbfgs '
+        '--measures accuracy equivariance dense cost boxes --work-dir work_dirs/compare_512 '
+        '--out work_dirs/compare_512/results --cfg-options '
+        'train_dataloader.batch_size=512 optim_wrapper.optimizer.lr=2e-3 '
+        'param_scheduler.0.start_factor=1',
         'ser-mm train faster-rcnn_tiny --cfg-options model.backbone.init_cfg.checkpoint=CHECKPOINT',
         'ser-mm train faster-rcnn_tiny --work-dir work_dirs/faster-rcnn_tiny_128 --cfg-options '
         'model.backbone.init_cfg.checkpoint=CHECKPOINT '
