@@ -180,14 +180,13 @@ def compare(
         train_images=train_images,
         solver=solver,
     )
-    for run in _kept_runs(file, about):
-        for (arm, seed), own in runs.items():
-            elsewhere = not Path(f'{own.work_dir}.py').is_file()
-            if (run['arm'], run['seed']) == (ARMS[arm], seed) and elsewhere:
-                raise ValueError(
-                    f'--out: {file} holds {arm} (seed {seed}) already, from elsewhere than '
-                    f'{work_dir}; leave it out, or name another --out.'
-                )
+    held = {(run['arm'], run['seed']) for run in _kept_runs(file, about)}
+    for (arm, seed), own in runs.items():
+        if (ARMS[arm], seed) in held and not Path(f'{own.work_dir}.py').is_file():
+            raise ValueError(
+                f'--out: {file} holds {arm} (seed {seed}) already, from elsewhere than '
+                f'{work_dir}; leave it out, or name another --out.'
+            )
     order = list(ARMS.values())
     results: dict[str, Any] = dict(about=about)
     with reserved(runs.values()):
@@ -246,7 +245,7 @@ def _kept_runs(file: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _recipe(cfg: Config) -> str:
-    """A digest of all that training and evaluation depend on, without the places of files."""
+    """A digest of what runs and figures depend on, of the config with SER, but places of files."""
     keys = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'evaluation')
     loader = cfg.train_dataloader
     parts = {key: cfg.get(key) for key in keys}

@@ -16,6 +16,7 @@ from tests.support.command import run_command
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
 CONFIG = 'tiny_imagenet/ser_mocov3_tiny_imagenet_short'
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def results(**values):
@@ -181,6 +182,22 @@ def test_runs_of_another_machine_join(tmp_path):
     assert file.read_text() == written and not (tmp_path / 'other').exists()
     file.write_text('{}')
     assert 'holds no runs of a comparison' in run_command(*few, *places, '--cfg-options', *data)
+
+
+def test_a_seed_joins_the_results_in_the_docs(tmp_path):
+    """They are of the recipe that is shipped."""
+    file = tmp_path / 'mocov3_tiny_imagenet_short.json'
+    file.write_bytes((ROOT / 'docs/results/tiny_imagenet' / file.name).read_bytes())
+    before = json.loads(file.read_text())['runs']
+    root = write_tiny_imagenet(tmp_path / 'tiny')
+    few = ['--config', CONFIG, '--arms', 'untrained', '--measures', '--seeds', 99]
+    asked = ['--train-images', 25000, '--images', 500, '--solver', 'lbfgs', '--out', tmp_path]
+    data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
+    work_dir = ['--work-dir', tmp_path / 'runs']
+    assert run_command('compare', *few, *asked, *work_dir, '--cfg-options', *data) is None
+    after = json.loads(file.read_text())['runs']
+    assert [run for run in after if run['seed'] != 99] == before
+    assert len(after) == len(before) + 1
 
 
 def test_tables_of_what_is_no_comparison(tmp_path, capsys):

@@ -149,7 +149,6 @@ COMMANDS = {
     ],
     'tests/experiments/test_comparison.py::test_whole_chain_goes_on_where_it_was': [
         'ser-mm compare',
-        'ser-mm compare --out docs/results/tiny_imagenet',
         'ser-mm compare --tables docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json',
         'ser-mm compare --tables '
         'docs/results/tiny_imagenet/batches_of_512/mocov3_tiny_imagenet_short.json',
@@ -217,8 +216,7 @@ COMMANDS = {
         'ser-mm probe twenty.py CHECKPOINT --epochs 10 --probe-batch 64',
         'ser-mm compare --config ser_mocov3_tiny_imagenet --jobs 4',
         'ser-mm compare --arms untrained baseline late_cls views_only ser supervised --seeds 0 '
-        '--jobs 2 --train-images 25000 --images 500 --solver lbfgs '
-        '--out docs/results/tiny_imagenet',
+        '--jobs 2 --train-images 25000 --images 500 --solver lbfgs',
         'ser-mm compare --seeds 0 1 2 --jobs 12 --train-images 25000 --images 500 --solver lbfgs '
         '--measures accuracy equivariance dense cost boxes --work-dir work_dirs/compare_512 '
         '--out work_dirs/compare_512/results --cfg-options '
