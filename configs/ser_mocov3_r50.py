@@ -12,7 +12,7 @@ model = dict(
 )
 
 # The projector's LayerNorm, as all norms.
-norm_of_neck = dict(decay_mult=0, lars_exclude=True)
+norm_of_neck = _base_.excluded
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'ser_neck.layers.0': norm_of_neck}))
 
 train_pipeline = _base_.train_pipeline

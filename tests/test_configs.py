@@ -7,7 +7,10 @@ import sys
 
 import pytest
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 
+from ser_mm.engine.cpu import adapt_to_device
+from ser_mm.evaluation.backbone import build_model
 from tests.support.paths import ROOT
 from tests.support.small_images import write_cifar, write_stl10
 from tests.support.tiny_imagenet import write_tiny_imagenet
@@ -256,3 +259,21 @@ def test_values_of_ser_are_visible():
 def test_names_are_unique():
     names = [path.name for path in (ROOT / 'configs').rglob('*.py')]
     assert len(names) == len(set(names))
+
+
+LARS = [path for path in CONFIGS if 'LARS' in str(Config.fromfile(path).optim_wrapper)]
+
+
+@pytest.mark.parametrize('config', LARS, ids=lambda path: path.stem)
+def test_norms_and_biases_have_one_learning_rate(config):
+    """Also those of SER's projector; LARS adapts the rate of the other parameters alone."""
+    cfg = Config.fromfile(config)
+    options = {path: 64 for path, value in walk(cfg.model, 'model') if value in SHORTER['model']}
+    cfg.merge_from_dict(options)
+    adapt_to_device(cfg)
+    wrapper = build_optim_wrapper(build_model(cfg), cfg.optim_wrapper)
+    groups = [g for g in wrapper.optimizer.param_groups if g['params'][0].requires_grad]
+    excluded = [g for g in groups if g['params'][0].ndim == 1]
+    assert len(excluded) < len(groups)
+    assert all(g['lars_exclude'] and g['weight_decay'] == 0 for g in excluded)
+    assert len({g['lr'] for g in excluded}) == 1

@@ -368,7 +368,7 @@ def load_config(
         FileNotFoundError: If the config or data is missing.
         ValueError: See :func:`~ser_mm.evaluation.data.check_evaluation`.
     """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    set_local_rank(args)
     MMLogger.get_current_instance().setLevel('WARNING')
     cfg = Config.fromfile(find_config(config))
     if splits:
@@ -387,6 +387,16 @@ def load_config(
             args.launcher, timeout=_PATIENCE
         )
     return cfg
+
+
+def set_local_rank(args: argparse.Namespace) -> None:
+    """Tell MMEngine the rank on this machine, which it reads from LOCAL_RANK, not from MPI's.
+
+    Args:
+        args (argparse.Namespace): With ``launcher`` and ``local_rank``.
+    """
+    local_rank = args.local_rank or get_local_rank(args.launcher)
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -1,7 +1,6 @@
 """Evaluate a checkpoint of a classifier or a detector on the test data of its config."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from copy import deepcopy
 from importlib import import_module
@@ -12,7 +11,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
-from ser_mm.cli._arguments import CONFIG_HELP, add_run_arguments, make_parser, one_sentence
+from ser_mm.cli._arguments import (
+    CONFIG_HELP,
+    add_run_arguments,
+    make_parser,
+    one_sentence,
+    set_local_rank,
+)
 from ser_mm.engine.checks import check_data
 from ser_mm.engine.coco import check_coco, predicts_masks
 from ser_mm.engine.cpu import (
@@ -130,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    set_local_rank(args)
     with one_sentence(trust=args.trust_checkpoint):
         cfg = read_config(args.config)
         names = merge_args(cfg, args)

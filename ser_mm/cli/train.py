@@ -1,7 +1,6 @@
 """Train a model from a config: on one CPU process, on several, or on GPUs."""
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
 
 from ser_mm.checkpoint import CheckpointError
 from ser_mm.cli._arguments import (
@@ -20,6 +20,7 @@ from ser_mm.cli._arguments import (
     add_run_arguments,
     make_parser,
     one_sentence,
+    set_local_rank,
     use_data,
 )
 from ser_mm.cli._signals import command, end_with_parent, ending_on_signals
@@ -46,6 +47,7 @@ from ser_mm.engine.options import set_options
 from ser_mm.engine.pretrained import check_pretrained
 from ser_mm.engine.resuming import ResumeError
 from ser_mm.engine.schedules import follow_max_epochs
+from ser_mm.models.two_view_wrapper import TwoViewWrapper
 
 
 @dataclass
@@ -143,7 +145,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
             )
         cfg.auto_scale_lr.enable = True
-    needed = ['EquivariantSplitHook', 'ResumeHook'] if _is_ser(cfg.model) else ['ResumeHook']
+    needed = ['EquivariantSplitHook', 'ResumeHook'] if _has_b2(cfg.model) else ['ResumeHook']
+    if (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1) > 1:
+        needed.append('MomentumUpdateHook')
     if _makes_views(cfg):  # from torch's generator, which is to differ by rank and epoch
         needed.append('EpochSeedHook')
     needed += ['CompileHook'] * args.compile
@@ -168,10 +172,12 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             loader.persistent_workers = False
 
 
-def _is_ser(model: dict) -> bool:
+def _has_b2(model: dict) -> bool:
+    """Whether the model takes the views of an EquivariantViewPipeline."""
     kind = model.get('type')
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return name.endswith('SERAlgorithm')
+    if isinstance(kind, str):
+        kind = MODELS.get(kind)
+    return isinstance(kind, type) and issubclass(kind, TwoViewWrapper)
 
 
 def _makes_views(cfg: Config) -> bool:
@@ -196,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(args: argparse.Namespace, run: _Run) -> None:
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    set_local_rank(args)
     limit_operator_caches()  # before anything is computed
     # A field that no class takes is a TypeError.
     with one_sentence((*EXPECTED, TypeError), trust=args.trust_checkpoint):

@@ -2,18 +2,19 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import ModuleCfg, Name, Natural, Positive, checked, filled
-from ser_mm.files import replacing
+from ser_mm.files import locked, replacing
 from ser_mm.progress import tell_progress
 
 _LAYOUT = 1  # of the file
@@ -99,10 +100,7 @@ class CachedImages(BaseDataset):
         setting = _digest(f'{_LAYOUT} {self.source}'.encode())
         name = f'{type(dataset).__name__}_{setting}'
         self.file = self.folder / f'{name}.{_digest(*map(_stamp, infos))}.npy'
-        if is_main_process():
-            self._write(dataset, infos, name)
-        barrier()
-        self._write(dataset, infos, name)  # on another machine, with another disk
+        self._provide(dataset, infos, name)
         readable = np.flatnonzero(self.rows['readable']).tolist()
         rest = [{k: v for k, v in info.items() if k != 'img'} for info in infos]
         return [dict(rest[row], row=row) for row in readable]
@@ -131,6 +129,26 @@ class CachedImages(BaseDataset):
     def __getstate__(self) -> dict[str, Any]:
         # What is mapped would be copied.
         return {**vars(self), '_rows': None}
+
+    def _provide(self, dataset: BaseDataset, infos: Sequence[dict], name: str) -> None:
+        """Write the file, or wait for another process that does.
+
+        Not in a barrier of the process group: that of GPUs ends after ten minutes, and other
+        machines may have other disks.
+        """
+        assert self.file is not None
+        told = False
+        while not self.file.exists():
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(f'{self.file}.lock', str(self.file)))
+                except BlockingIOError:
+                    if not told:
+                        print_log(f'Waiting for {self.file}, which another process writes')
+                        told = True
+                    time.sleep(0.2)
+                    continue
+                self._write(dataset, infos, name)
 
     def _write(self, dataset: BaseDataset, infos: Sequence[dict], name: str) -> None:
         assert self.file is not None

@@ -15,7 +15,9 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
 
+from ser_mm.cli._arguments import set_local_rank
 from ser_mm.cli.train import main as train_main
 from ser_mm.cli.train import merge_args, parse_args
 from ser_mm.engine import EpochSeedHook
@@ -220,3 +222,47 @@ def test_views_of_the_device_differ_by_rank_and_epoch(place):
         cfg = Config(dict(model=content, custom_hooks=[]))
         merge_args(cfg, parse_args(['config.py']))
         assert ('EpochSeedHook' in str(cfg.custom_hooks)) is expected
+
+
+def hooks_of(**fields):
+    cfg = Config({**dict(model=dict(type='MoCoV3'), custom_hooks=[]), **fields})
+    merge_args(cfg, parse_args(['config.py']))
+    return [hook.type.rpartition('.')[2] for hook in cfg.custom_hooks]
+
+
+@pytest.mark.parametrize(
+    'name', ['SERAlgorithm', 'EquivarianceAlgorithm', 'mmpretrain.SERAlgorithm']
+)
+def test_what_takes_views_has_their_hook(name):
+    """It pairs the draws of STL, and refuses the views of another head."""
+    for kind in (name, MODELS.get(name)):
+        assert hooks_of(model=dict(type=kind, algorithm={})) == [
+            'EquivariantSplitHook',
+            'ResumeHook',
+        ]
+    assert hooks_of(model=dict(type='MoCoV3')) == ['ResumeHook']
+
+
+def test_accumulated_gradients_have_the_hook_of_the_momentum_branch():
+    assert hooks_of(optim_wrapper=dict(accumulative_counts=1)) == ['ResumeHook']
+    added = hooks_of(optim_wrapper=dict(accumulative_counts=4))
+    assert added == ['ResumeHook', 'MomentumUpdateHook']
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'variable', 'given'),
+    [
+        ('mpi', 'OMPI_COMM_WORLD_LOCAL_RANK', '0'),
+        ('slurm', 'SLURM_LOCALID', '0'),
+        ('pytorch', 'LOCAL_RANK', '0'),
+        ('pytorch', None, '3'),
+        ('none', None, '0'),
+    ],
+)
+def test_the_local_rank_is_where_mmengine_reads_it(launcher, variable, given, monkeypatch):
+    """MPI leaves it in a variable of its own; MMEngine would take GPU 0 on every rank."""
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    if variable:
+        monkeypatch.setenv(variable, '3')
+    set_local_rank(parse_args(['config.py', '--launcher', launcher, '--local_rank', given]))
+    assert os.environ['LOCAL_RANK'] == ('0' if launcher == 'none' else '3')

@@ -1,8 +1,10 @@
 """Images kept in one file: those of the data set, written once, and anew when they change."""
 
 import copy
+import multiprocessing
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -137,6 +139,30 @@ def test_an_interruption_leaves_nothing(photos, tmp_path, monkeypatch):
         build(photos, tmp_path)
     assert list((tmp_path / 'kept').iterdir()) == []
     check_same(build(photos, tmp_path), directly(photos))
+
+
+def test_one_process_writes_and_the_others_wait(photos, tmp_path, monkeypatch):
+    """Without a process group, whose collectives on GPUs would time out."""
+    seen, check = tmp_path / 'seen', CachedImages._check
+
+    def slow(self, *args):
+        time.sleep(0.05)  # the others have begun by the end
+        with open(seen, 'a') as file:
+            file.write('.')
+        check(self, *args)
+
+    monkeypatch.setattr(CachedImages, '_check', slow)
+    fork = multiprocessing.get_context('fork')
+    processes = [fork.Process(target=build, args=(photos, tmp_path)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(seen.read_text()) == 17
+    data = build(photos, tmp_path)
+    assert list((tmp_path / 'kept').iterdir()) == [data.file]
+    check_same(data, directly(photos))
 
 
 def test_what_cannot_be_kept_is_one_sentence(photos, tmp_path):

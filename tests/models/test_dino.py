@@ -20,7 +20,18 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 from ser_mm.models import DINOHead, DINONeck
-from tests.support.algorithms import BACKBONE, IMAGE, PIXELS, build, dino, mlp, two_views, with_ser
+from tests.support.algorithms import (
+    BACKBONE,
+    EMBED_DIMS,
+    IMAGE,
+    PATCH,
+    PIXELS,
+    build,
+    dino,
+    mlp,
+    two_views,
+    with_ser,
+)
 from tests.support.paths import ROOT
 from tests.support.rounding import assert_far_above_rounding
 from tests.support.two_ranks import on_two_ranks
@@ -254,9 +265,29 @@ def test_norm_of_the_last_layer_is_fixed_or_trained():
     torch.testing.assert_close(neck.last_layer(units).T.norm(dim=1), 2 * rows, **CLOSE)
 
 
-def test_drop_path_is_in_the_student_only():
+DROPPING = {
+    'MMPretrain': dict(BACKBONE, ser_layer=None, drop_path_rate=0.6),
+    'timm': dict(
+        type='SERTimmViT',
+        model='vit_tiny_patch16_224',
+        model_args=dict(
+            img_size=IMAGE,
+            patch_size=PATCH,
+            embed_dim=EMBED_DIMS,
+            depth=4,
+            num_heads=3,
+            drop_path_rate=0.6,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize('library', DROPPING)
+def test_drop_path_is_in_the_student_only(library):
     torch.manual_seed(0)
-    backbone = dict(BACKBONE, ser_layer=None, drop_path_rate=0.6)
+    backbone = DROPPING[library]
+    if library == 'timm':
+        pytest.importorskip('timm')
     model = build(dino(backbone, mlp(48))).double().train()
     model.teacher.update_parameters(nn.Sequential(model.backbone, model.neck))
     x = torch.randn(4, 3, IMAGE, IMAGE, dtype=torch.float64)

@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 
 from ser_mm.evaluation.cost import saved_bytes
 from ser_mm.models import SERVisionTransformer
+from ser_mm.models.backbones.ser_vit import _linear_of_parts
 from ser_mm.views import ViewBatch
 from tests.support.algorithms import ALGORITHMS, BACKBONE, IMAGE, build, two_views
 
@@ -70,6 +71,21 @@ def test_gradients_of_parts_are_those_of_their_concatenation():
         results.append(torch.autograd.grad(output.square().sum(), parameters))
     for whole, packed in zip(*results, strict=True):
         torch.testing.assert_close(packed, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_parts_that_autocast_left_in_float32():
+    """On a GPU it computes norms in float32, and a ViT may have one after attention."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 4)
+    parts = [torch.randn(n, 8, requires_grad=True) for n in (3, 2)]
+    with torch.autocast('cpu', torch.bfloat16):
+        output = _linear_of_parts(layer, parts)
+        expected = layer(torch.cat(parts))
+    assert output.dtype is torch.bfloat16 and torch.equal(output, expected)
+    leaves = [*parts, *layer.parameters()]
+    gradients, others = (torch.autograd.grad(x.sum(), leaves) for x in (output, expected))
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0.02, atol=0.02)
 
 
 def test_a_layer_of_another_class_is_called():

@@ -171,3 +171,18 @@ def test_features_are_the_mean_of_a_stage_and_leave_running_statistics_alone(ser
     plain.train()
     maps = plain(x)
     torch.testing.assert_close(features, maps[(ser_layer or 4) - 1].mean(dim=(2, 3)))
+
+
+def test_features_are_computed_in_mixed_precision():
+    """Whole batches of extra views are; in float32 they would be most of the memory of a step."""
+    network, seen = build(), []
+    network.train()
+    norm = network.layer2[1].bn2
+    norm.register_forward_hook(lambda module, args, _: seen.append(args[0].dtype))
+    momentum, count = norm.momentum, norm.num_batches_tracked
+    before = copy.deepcopy(dict(network.named_buffers()))
+    with torch.autocast('cpu', torch.bfloat16):
+        network.features(view().base).sum().backward()
+    assert seen == [torch.bfloat16]
+    assert norm.momentum == momentum and norm.num_batches_tracked is count
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())

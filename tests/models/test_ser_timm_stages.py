@@ -133,9 +133,12 @@ def test_weights_of_timm_from_a_file(tmp_path):
         torch.testing.assert_close(network(x)[-1].flatten(1), theirs(x), rtol=1e-5, atol=1e-5)
 
 
+MLP = dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), head_hidden_size=16)  # small
 REFUSED = {
     'unknown name': (dict(model='resnet19'), 'not in timm .*resnet18'),
     'a ViT': (dict(model='vit_tiny_patch16_224'), 'a VisionTransformer; only ResNet and ConvNeXt'),
+    'ConvNeXt, norm first': (dict(model='convnext_tiny_hnf'), 'head_norm_first'),
+    'ConvNeXt, MLP': (dict(model='convnext_large_mlp', model_args=MLP), 'head_hidden_size'),
     'RegNet': (dict(model='regnetx_002'), 'a RegNet; only'),
     'ser_layer': (dict(ser_layer=5), 'ser_layer=5 .*from 1 to 4'),
     'out_indices': (dict(out_indices=(4,), out_type='featmap'), r'out_indices=\(4,\)'),

@@ -148,7 +148,7 @@ class SERResNet(StrictPretrained, ResNet):
         Returns:
             Tensor: (N, C).
         """
-        with self._set_apart(True, images.device.type):
+        with self._keep_statistics():
             return self._stages(images, self.ser_layer)[-1].mean(dim=(2, 3))
 
     def _stages(self, images: Tensor, count: int | None = None) -> list[Tensor]:
@@ -160,6 +160,23 @@ class SERResNet(StrictPretrained, ResNet):
             x = getattr(self, name)(x)
             maps.append(x)
         return maps
+
+    @contextmanager
+    def _keep_statistics(self) -> Iterator[None]:
+        """Leave the running statistics as they are: for batches that are empty on no rank.
+
+        Unlike :meth:`_set_apart` it lets mixed precision be, as whole batches are most of a step.
+        """
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+        uncounted = kept[0][2].clone() if kept else None
+        try:
+            for norm in norms:
+                norm.momentum, norm.num_batches_tracked = 0.0, uncounted
+            yield
+        finally:
+            for norm, momentum, count in kept:
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     @contextmanager
     def _set_apart(self, apart: bool, device: str) -> Iterator[None]:

@@ -68,6 +68,12 @@ class SERTimmStages(SERResNet):
                 f"SERTimmStages: model='{model}' cannot be used, it is a {kind.__name__}; only "
                 f'{" and ".join(_PARTS)} are known by their stages.'
             )
+        unknown = _unknown_parts(network)
+        if unknown:
+            raise ValueError(
+                f"SERTimmStages: model='{model}' cannot be used, it has {unknown} after its "
+                'stages; choose one without, such as convnext_tiny.'
+            )
         self._first, self.res_layers, self._last = _PARTS[kind.__name__]
         self.num_stages = len(self.res_layers)
         if ser_layer is not None and not 1 <= ser_layer <= self.num_stages:
@@ -164,6 +170,16 @@ class SERTimmStages(SERResNet):
         """The embedding (N, C, 1, 1) of a map, or of its mean."""
         x = x.mean(dim=(2, 3), keepdim=True)
         return x if self._last is None else self.get_submodule(self._last)(x)
+
+
+def _unknown_parts(network: nn.Module) -> str | None:
+    """What a ConvNeXt of another make has after its stages; it would be left out."""
+    if not isinstance(getattr(network, 'norm_pre', nn.Identity()), nn.Identity):
+        return 'a norm before the pooling (head_norm_first)'
+    head = getattr(network, 'head', None)
+    if any(True for _ in getattr(head, 'pre_logits', nn.Identity()).parameters()):
+        return 'a further layer in its head (head_hidden_size)'
+    return None
 
 
 def _pooling(network: nn.Module) -> str:

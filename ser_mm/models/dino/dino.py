@@ -2,7 +2,6 @@ from collections import defaultdict
 from typing import Annotated
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmpretrain.models import BaseSelfSupervisor
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -67,7 +66,7 @@ class DINO(BaseSelfSupervisor):
             nn.Sequential(self.backbone, self.neck), momentum=base_momentum
         )
         for module in self.teacher.modules():
-            if isinstance(module, DropPath):
+            if hasattr(module, 'drop_prob'):  # DropPath, of which every library has its own
                 module.drop_prob = 0.0
 
     def loss(
