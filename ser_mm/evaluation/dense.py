@@ -259,7 +259,9 @@ class _Run:
     def key(self, measure: str, datasets: dict[str, Any]) -> str:
         """A digest of all that a measure depends on, with the data sets that it looks at."""
         settings = dict(
-            correspondence=[self.step, self.affine, self.within, self.seed], angle=[self.step]
+            correspondence=[self.step, self.affine, self.within, self.seed],
+            angle=[self.step],
+            segmentation=['tokens drawn evenly'],  # at equal distances before
         )
         about = [measure, torch.__version__, settings.get(measure)]
         about.append([] if measure == 'angle' else self.numbers)

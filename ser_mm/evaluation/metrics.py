@@ -1,5 +1,6 @@
 """Accuracies, means and differences with confidence intervals, and the rank of features."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -84,7 +85,8 @@ def paired_difference(
 
     Returns:
         dict: ``mean`` of one - other, its ``interval``, ``p`` of the two-sided test that it is 0
-        (nan if all are 0), and how many differences are ``positive``.
+        and how many differences are ``positive``. Interval and p are nan where the differences
+        are equal up to rounding, as those of rounded figures may be: the test would be certain.
 
     Raises:
         ValueError: If there are fewer than two pairs, or not as many of each.
@@ -93,11 +95,16 @@ def paired_difference(
 
     if len(one) < 2:
         raise ValueError('paired_difference: one pair has no deviation; give two or more.')
-    test = ttest_rel(one, other)
     differences = [x - y for x, y in zip(one, other, strict=True)]
+    rounding = 1e-9 * max(map(abs, [*one, *other]))
+    interval, p = [math.nan, math.nan], math.nan
+    if max(differences) - min(differences) > rounding:
+        test = ttest_rel(one, other)
+        interval = [float(x) for x in test.confidence_interval(confidence)]
+        p = float(test.pvalue)
     return dict(
         mean=statistics.mean(differences),
-        interval=[float(x) for x in test.confidence_interval(confidence)],
-        p=float(test.pvalue),
+        interval=interval,
+        p=p,
         positive=sum(x > 0 for x in differences),
     )

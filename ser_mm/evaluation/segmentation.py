@@ -121,22 +121,25 @@ def mean_iou(counts: Tensor) -> float:
 
 
 class _Kept:
-    """Every n-th row of what is added, n the smallest power of 2 that leaves ``_TOKENS``."""
+    """``_TOKENS`` of the rows that are added, drawn evenly, and the same in maps of one grid.
+
+    Not those at equal distances: where the distance is a multiple of the grid's width, they all
+    come from one column.
+    """
 
     def __init__(self) -> None:
         self.rows: tuple[Tensor, ...] = ()
-        self.seen, self.step = 0, 1
+        self.lots = torch.empty(0, dtype=torch.float64)
+        self.seen, self.random = 0, torch.Generator().manual_seed(0)
 
     def add(self, *rows: Tensor) -> None:
-        chosen = slice(-self.seen % self.step, None, self.step)
         self.seen += len(rows[0])
-        new = [x[chosen] for x in rows]
-        self.rows = (
-            tuple(map(torch.cat, zip(self.rows, new, strict=True))) if self.rows else (*new,)
-        )
-        while len(self.rows[0]) > _TOKENS:
-            self.rows = tuple(x[::2].clone() for x in self.rows)
-            self.step *= 2
+        lots = torch.rand(len(rows[0]), generator=self.random, dtype=torch.float64)
+        self.lots = torch.cat([self.lots, lots])
+        self.rows = tuple(map(torch.cat, zip(self.rows, rows, strict=True))) if self.rows else rows
+        if len(self.lots) > _TOKENS:  # the lowest lots
+            kept = self.lots.topk(_TOKENS, largest=False).indices.sort().values
+            self.lots, self.rows = self.lots[kept], tuple(x[kept] for x in self.rows)
 
 
 class _Bank:

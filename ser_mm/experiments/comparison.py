@@ -19,8 +19,15 @@ from ser_mm.experiments.differences import (
     report_comparison,
 )
 from ser_mm.experiments.figures import stamp_data
-from ser_mm.experiments.measures import MEASURES, check_boxes, measure
-from ser_mm.experiments.runs import check_settings, finished, reserved, train
+from ser_mm.experiments.measures import MEASURES, VERSIONS, check_boxes, measure
+from ser_mm.experiments.runs import (
+    check_settings,
+    final_checkpoint,
+    finished,
+    reserved,
+    set_processes,
+    train,
+)
 from ser_mm.experiments.sweeps import (
     CLS_LAYER,
     CONFIG,
@@ -161,11 +168,13 @@ def compare(
     trained = {f'{arm} (seed {seed})': own for (arm, seed), own in runs.items()}
     trained = {name: own for name, own in trained.items() if not name.startswith('untrained')}
     check_evaluation(cfg)
+    total = {split: len(build_loader(cfg, split)[1].dataset) for split in ('train', 'val')}
     some = None
     if train_images:
-        some = spaced_indices(len(build_loader(cfg, 'train')[1].dataset), train_images)
+        some = spaced_indices(total['train'], train_images)
         given = cfg.evaluation.train.get('indices')
         some = [given[i] for i in some] if isinstance(given, Sequence) else some
+    set_processes(runs.values(), gpus)
     for own in runs.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
@@ -174,8 +183,11 @@ def compare(
         ser_layer=cfg.model.algorithm.backbone.ser_layer,
         cfg_options=dict(cfg_options),
         recipe=_recipe(cfg),
+        versions=VERSIONS,
+        data=total,
         epochs=cfg.train_cfg.max_epochs,
         batch_size=cfg.train_dataloader.batch_size,
+        processes=gpus or 1,
         images=images,
         train_images=train_images,
         solver=solver,
@@ -199,7 +211,7 @@ def compare(
             Path(own.work_dir).mkdir(parents=True, exist_ok=True)
             # Of one that is not trained, too, as its weights do not tell all settings.
             write_text(f'{own.work_dir}.py', own.pretty_text)
-            checkpoint = None if arm == 'untrained' else finished(own)
+            checkpoint = None if arm == 'untrained' else final_checkpoint(own)
             layer = ser_layer(cfg, own)
             own = _with_train_images(own, some)
             wanted = [x for x in measures if x != 'cost' or arm not in ('untrained', 'supervised')]
@@ -247,9 +259,11 @@ def _kept_runs(file: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _recipe(cfg: Config) -> str:
     """A digest of what runs and figures depend on, of the config with SER, but places of files."""
     keys = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'evaluation')
-    loader = cfg.train_dataloader
+    keys += ('custom_hooks', 'load_from', 'sync_bn', 'model_wrapper_cfg')
+    reading = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
+    loader = cfg.train_dataloader.items()
     parts = {key: cfg.get(key) for key in keys}
-    parts |= {key: loader.get(key) for key in ('batch_size', 'sampler', 'dataset')}
+    parts['train_dataloader'] = {key: value for key, value in loader if key not in reading}
     text = json.dumps(_without_places(parts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

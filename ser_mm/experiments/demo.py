@@ -24,7 +24,7 @@ from ser_mm.evaluation.backbone import build_backbone, build_model, token_maps_o
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.figures import evaluate
-from ser_mm.experiments.runs import check_settings, finished, reserved, train, training
+from ser_mm.experiments.runs import check_settings, final_checkpoint, reserved, train, training
 from ser_mm.experiments.sweeps import load_base, points, run_config, ser_layer
 from ser_mm.files import write_text
 from ser_mm.views import ViewBatch
@@ -159,7 +159,8 @@ def _measure(
     """Add the figures of networks to the results."""
     for name, cfg in networks.items():
         print(f'seed {seed}: evaluating {name}', flush=True)
-        results[name].append(figures(cfg, finished(cfg), layer, images))
+        checkpoint = None if name == 'untrained' else final_checkpoint(cfg)
+        results[name].append(figures(cfg, checkpoint, layer, images))
 
 
 @contextmanager
@@ -245,7 +246,7 @@ def draw(out: Path, arms: Mapping[str, Config], layer: int, images: int) -> None
     labels = [val.get_data_info(i)['gt_label'] for i in spaced_indices(len(val), images)]
     preprocessor, _ = build_loader(cfg, 'val')
     draw_token_maps(
-        {arm: token_map(cfg, finished(cfg), layer) for arm, cfg in arms.items()},
+        {arm: token_map(cfg, final_checkpoint(cfg), layer) for arm, cfg in arms.items()},
         torch.cat(list(spaced_images(cfg, 'val', images))),
         lambda x: restore_images(x, preprocessor),
         out / 'token_maps.png',

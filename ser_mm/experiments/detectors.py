@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 
-from ser_mm.experiments.runs import RunError, finished, reserved, train
+from ser_mm.experiments.runs import final_checkpoint, reserved, train
 from ser_mm.files import read_kept, replacing, write_text
 
 
@@ -122,13 +122,7 @@ def _score(cfg: Config, metrics: Sequence[str]) -> dict[str, float]:
     """The metrics of the last checkpoint of a run."""
     from mmdet.apis import init_detector  # slow to import
 
-    checkpoint = finished(cfg)
-    if checkpoint is None:  # of which MMDetection would make a detector of random weights
-        raise RunError(
-            f'{cfg.work_dir} has no epoch_{cfg.train_cfg.max_epochs}.pth, though its run has '
-            'ended; let default_hooks.checkpoint keep that of the last epoch.'
-        )
-    detector = init_detector(deepcopy(cfg), checkpoint, device=get_device())
+    detector = init_detector(deepcopy(cfg), final_checkpoint(cfg), device=get_device())
     loader = Runner.build_dataloader(cfg.test_dataloader)
     evaluator = Evaluator(deepcopy(cfg.test_evaluator))
     evaluator.dataset_meta = loader.dataset.metainfo

@@ -1,6 +1,7 @@
 """What a comparison found: tables with paired differences, and curves by angle and by block."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -81,7 +82,7 @@ def report_comparison(results: dict[str, Any]) -> str:
     rows = [
         [
             title,
-            *(_format_figure(_values(runs, key), len(runs)) for runs in by_arm.values()),
+            *(_format_figure([*_values(x, key).values()], len(x)) for x in by_arm.values()),
         ]
         for key, title in columns.items()
     ]
@@ -93,10 +94,11 @@ def report_comparison(results: dict[str, Any]) -> str:
             continue
         rows = []
         for key, title in columns.items():
-            pairs = [(by_arm[one][s].get(key), by_arm[other][s].get(key)) for s in seeds]
-            pairs = [(x, y) for x, y in pairs if x is not None and y is not None]
-            if len(pairs) > 1:
-                rows.append([title, *describe_difference(*zip(*pairs, strict=True))])
+            values = [_values(by_arm[arm], key) for arm in (one, other)]
+            shared = sorted(values[0].keys() & values[1].keys())
+            if len(shared) > 1:
+                pair = ([found[seed] for seed in shared] for found in values)
+                rows.append([title, *describe_difference(*pair)])
         header = [f'{one} - {other}', 'mean', *DIFFERENCE]
         tables.append(make_table(header, rows))
     seeds = sorted({run['seed'] for run in results['runs']})
@@ -123,10 +125,11 @@ def describe_difference(one: Sequence[float], other: Sequence[float]) -> list[st
     """
     found = paired_difference(one, other)
     low, high = found['interval']
+    tested = not math.isnan(found['p'])
     return [
         f'{found["mean"]:+.4f}',
-        f'{low:+.4f} to {high:+.4f}',
-        f'{found["p"]:.3f}',
+        f'{low:+.4f} to {high:+.4f}' if tested else '-',
+        f'{found["p"]:.3f}' if tested else '-',
         f'{found["positive"]} of {len(one)}',
     ]
 
@@ -192,5 +195,7 @@ def _by_block(entries: Sequence[Mapping[str, float]], key: str) -> dict[int, flo
     return {i: entry[key] for i, entry in enumerate(entries, 1)}
 
 
-def _values(runs: Mapping[int, dict], key: str) -> list[float]:
-    return [run[key] for run in runs.values() if isinstance(run.get(key), float | int)]
+def _values(runs: Mapping[int, dict], key: str) -> dict[int, float]:
+    """By seed, where it was measured, and is a number: the R2 of a constant map is none."""
+    found = {seed: run.get(key) for seed, run in runs.items()}
+    return {seed: x for seed, x in found.items() if isinstance(x, float | int) and x == x}

@@ -19,7 +19,7 @@ from ser_mm.engine.logs import read_scalars
 from ser_mm.engine.operators import require_operators
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.cost import count_step
-from ser_mm.evaluation.data import dataset_of, spaced_images
+from ser_mm.evaluation.data import build_loader, dataset_of, spaced_images, spaced_indices
 from ser_mm.evaluation.dense import AFFINE, measure_dense, summarize_angles
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import CachedFeatures
@@ -30,6 +30,8 @@ from ser_mm.experiments.figures import TRANSFORMATIONS, accuracies, turned
 from ser_mm.files import read_kept, write_text
 
 MEASURES = ('accuracy', 'corruptions', 'equivariance', 'dense', 'cost', 'boxes')
+VERSIONS = dict(corruptions=2)
+"""Of measures that were another before: what was kept of these is taken again."""
 
 
 def measure(
@@ -68,11 +70,15 @@ def measure(
     about = dict(digest=digest.hexdigest(), data=data, images=images, solver=solver)
     kept = read_kept(file, lambda x: json.loads(x.read_text())) or {}
     kept = kept if kept.get('about') == about else dict(about=about)
+    for name, version in VERSIONS.items():
+        if name in kept and kept[name].get('version', 1) != version:
+            del kept[name]
     for name in measures:
         if name not in kept:
             start = time.monotonic()
             found = getattr(network, name)()
-            kept[name] = found | dict(seconds=time.monotonic() - start)
+            seconds = time.monotonic() - start
+            kept[name] = found | dict(seconds=seconds, version=VERSIONS.get(name, 1))
             write_text(file, json.dumps(kept, indent=1))
     if {'accuracy', 'corruptions'} <= set(kept):  # nothing is left that needs features
         shutil.rmtree(network.source.cache_dir, ignore_errors=True)
@@ -81,7 +87,7 @@ def measure(
         for name, figures in kept.items()
         if name != 'about'
         for key, value in figures.items()
-        if key != 'seconds'
+        if key not in ('seconds', 'version')
     }
 
 
@@ -179,11 +185,11 @@ class _Network:
 
 def _add_corruptions(cfg: Config, images: int) -> list[str]:
     """Add the corrupted validation images, each made once for all runs, to ``evaluation``."""
+    # At equal distances: many data sets are in the order of their classes.
+    indices = spaced_indices(len(build_loader(cfg, 'val')[1].dataset), images)
     given = cfg.evaluation.val.get('indices')
     if isinstance(given, Sequence):
-        indices = list(given[:images])
-    else:
-        indices = images if given is None else min(given, images)
+        indices = [given[i] for i in indices]
     names = corrupted_datasets(dict(cfg.evaluation.val, indices=indices), CORRUPTIONS)
     for name, dataset in names.items():
         *once, pack = dataset['pipeline']

@@ -7,7 +7,7 @@ from ser_mm.evaluation.export import export_backbone
 from ser_mm.experiments.channels import describe
 from ser_mm.experiments.recipes import RUN, pretraining_config, processes
 from ser_mm.experiments.report import report
-from ser_mm.experiments.runs import check_settings, finished, train
+from ser_mm.experiments.runs import check_settings, final_checkpoint, train
 
 
 def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
@@ -50,8 +50,7 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     if (load := cfg.train_dataloader.dataset.pipeline[0]).type == 'LoadChannels':
         print(describe(load), flush=True)
     train({name: cfg}, gpus=processes(options.get('devices')))
-    checkpoint = finished(cfg)
-    assert checkpoint is not None  # or train would have raised
+    checkpoint = final_checkpoint(cfg)
     # What needs no images comes first: some may be unreadable.
     try:
         usage = export_backbone(cfg, checkpoint, out / 'timm')

@@ -51,6 +51,38 @@ def finished(cfg: Config) -> str | None:
     return str(final) if Path(named).name == final.name and zipfile.is_zipfile(final) else None
 
 
+def final_checkpoint(cfg: Config) -> str:
+    """Path of the final checkpoint of a run that has ended.
+
+    Args:
+        cfg (Config): Config of the run, with ``work_dir``.
+
+    Raises:
+        RunError: If there is none. What takes None for it would go on with random weights.
+    """
+    found = finished(cfg)
+    if found is None:
+        raise RunError(
+            f'{cfg.work_dir} has no epoch_{cfg.train_cfg.max_epochs}.pth, though its run has '
+            'ended; let default_hooks.checkpoint keep that of the last epoch there.'
+        )
+    return found
+
+
+def set_processes(runs: Iterable[Config], processes: int | None) -> None:
+    """Let the settings of runs tell how many processes share a step, where it is more than one.
+
+    ``train_dataloader.batch_size`` is that of one, so that other runs are meant by the same config.
+
+    Args:
+        runs (Iterable[Config]): Configs, changed in place.
+        processes (int, optional): Of each run. None for one.
+    """
+    if (processes or 1) > 1:
+        for cfg in runs:
+            cfg.processes = processes
+
+
 def check_settings(cfg: Config) -> None:
     """Check that the folder of a run is new, or holds this run.
 
@@ -109,7 +141,7 @@ def train(runs: Mapping[str, Config], jobs: int | None = None, gpus: int | None 
     Raises:
         BlockingIOError: See :func:`training`.
         KeyboardInterrupt: Also on SIGTERM, when the runs have ended.
-        RunError: If a run fails, with the end of its log.
+        RunError: If a run fails, with the end of its log, or leaves no final checkpoint.
         ValueError: If a run is refused, see :func:`training`.
     """
     with training(runs, jobs, gpus) as started:
@@ -194,6 +226,7 @@ class Training:
         self._progress = _Progress(runs, gpus or 1) if runs else None
         self._processes: dict[str, subprocess.Popen] = {}
         self._used: dict[int, subprocess.Popen] = {}
+        self._ended: set[str] = set()
         self._is_starting = self._is_interrupted = False
 
     def fill_slots(self) -> None:
@@ -260,7 +293,7 @@ class Training:
         """Wait for the end of all runs, and print how far they are.
 
         Raises:
-            RunError: If a run fails, with the end of its log.
+            RunError: If a run fails, with the end of its log, or leaves no final checkpoint.
         """
         while True:
             self._heed_interruption()
@@ -269,6 +302,9 @@ class Training:
             for name, status in statuses.items():
                 if status:
                     raise RunError(_describe(name, self._runs[name], status))
+                if status == 0 and name not in self._ended:
+                    final_checkpoint(self._runs[name])
+                    self._ended.add(name)
             running = [name for name, status in statuses.items() if status is None]
             if not running and len(statuses) == len(self._runs):
                 return

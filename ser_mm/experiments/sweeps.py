@@ -24,7 +24,14 @@ from ser_mm.evaluation.results import (
     write_results,
 )
 from ser_mm.experiments.figures import TRANSFORMATIONS, at_layer, evaluate, stamp_data
-from ser_mm.experiments.runs import check_settings, finished, reserved, train
+from ser_mm.experiments.runs import (
+    check_settings,
+    final_checkpoint,
+    finished,
+    reserved,
+    set_processes,
+    train,
+)
 from ser_mm.visualization import draw_curves
 
 SWEEPS = ('layer', 'cls', 'equi_ratio', 'temperature', 'loss_weight', 'gradient', 'addons')
@@ -383,6 +390,7 @@ def run_sweeps(
     for own in {str(own.get('evaluation')): own for own in runs.values()}.values():
         check_evaluation(own)  # before days of training
     out = work_dir / config.stem.removeprefix('ser_')
+    set_processes(runs.values(), gpus)
     for own in runs.values():
         check_settings(own)
     with reserved(runs.values()):
@@ -395,7 +403,7 @@ def run_sweeps(
 
         def measure(own: Config) -> dict[str, Any]:
             known = data[str(own.evaluation)]
-            found = evaluate(own, finished(own), images, num_workers, solver, known)
+            found = evaluate(own, final_checkpoint(own), images, num_workers, solver, known)
             return at_layer(found, ser_layer(cfg, own))
 
         for sweep, settings in plan.items():

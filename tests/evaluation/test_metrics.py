@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,11 @@ def test_paired_difference():
     assert found['p'] == pytest.approx(1 - 2 / np.pi * (x / (1 + x * x) + np.arctan(x)))
     with pytest.raises(ValueError, match='give two or more'):
         paired_difference([1.0], [2.0])
+    # Rounded figures: a deviation of 0, or of the rounding of floats, would be certainty.
+    for equal in ([0.161, 0.162], [0.158, 0.159]), ([0.2, 0.2], [0.2, 0.2]), ([0.0, 0], [0.0, 0]):
+        found = paired_difference(*equal)
+        assert found['mean'] == pytest.approx(equal[0][0] - equal[1][0])
+        assert all(map(math.isnan, [*found['interval'], found['p']]))
 
 
 def test_mean_and_its_interval():

@@ -119,14 +119,32 @@ def test_floor_and_ceiling_are_reached():
 
 
 def test_few_tokens_of_many_images_are_kept(monkeypatch):
-    """Those at equal distances, whatever the batches."""
+    """The same ones, whatever the batches."""
     monkeypatch.setattr('ser_mm.evaluation.segmentation._TOKENS', 50)
     everything = torch.arange(190)
+    found = []
     for size in (7, 64, 190):
         kept = _Kept()
         for part in everything.split(size):
             kept.add(part, -part)
-        assert kept.rows[0].tolist() == list(range(0, 190, 4)) == (-kept.rows[1]).tolist()
+        found.append(kept.rows[0].tolist())
+        assert found[-1] == (-kept.rows[1]).tolist() == sorted(set(found[-1]))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 50
+
+
+@pytest.mark.parametrize('side', [6, 8, 14, 16])
+def test_tokens_of_all_places_are_kept(side):
+    """Those at equal distances came from one column where the grid's side is a power of 2."""
+    kept = _Kept()
+    place = torch.arange(side**2).repeat(2000)
+    for part in place.split(64 * side**2):
+        kept.add(part)
+    (rows,) = kept.rows
+    assert len(rows) == 20_000 and kept.seen == len(place)
+    for line in (rows % side, rows // side):
+        share = 20_000 / side
+        # A draw without replacement varies less than a binomial one; 6 deviations.
+        assert (line.bincount(minlength=side) - share).abs().max() < 6 * share**0.5
 
 
 @pytest.fixture

@@ -133,10 +133,14 @@ def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ('given', 'expected'), [(None, 3), (2, 2), (9, 3), ([7, 5], [7, 5]), ([7, 5, 1, 2], [7, 5, 1])]
+    ('given', 'expected'),
+    [(None, [0, 3, 6]), (2, [0, 1]), (7, [0, 2, 4]), ([7, 5], [7, 5]), ([7, 5, 1, 2], [7, 5, 1])],
 )
-def test_corruptions_are_of_the_validation_images_that_were_asked_for(given, expected):
-    options = {} if given is None else {'evaluation.val.indices': given}
+def test_corruptions_are_of_images_at_equal_distances(given, expected, tmp_path):
+    """The first ones would be of the first classes, where images are in their order."""
+    root = str(write_tiny_imagenet(tmp_path, classes=10))
+    options = {f'evaluation.{split}.data_root': root for split in ('train', 'val')}
+    options |= {} if given is None else {'evaluation.val.indices': given}
     cfg = load_base(find_config(CONFIG), options)
     names = measures._add_corruptions(cfg, 3)
     assert len(names) == 75
@@ -158,7 +162,8 @@ def test_settings_of_the_untrained_network_are_kept(tmp_path):
 def test_runs_of_another_machine_join(tmp_path):
     few = ['compare', '--config', CONFIG, '--arms', 'untrained', '--measures', '--out', tmp_path]
     for seed in (1, 0, 1):  # whose images are elsewhere, too
-        root = write_tiny_imagenet(tmp_path / f'tiny{seed}')
+        root = tmp_path / f'tiny{seed}'
+        root.exists() or write_tiny_imagenet(root)
         data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]
         places = ['--seeds', seed, '--work-dir', tmp_path / f'machine{seed}']
         assert run_command(*few, *places, '--cfg-options', *data) is None
@@ -174,6 +179,14 @@ def test_runs_of_another_machine_join(tmp_path):
     faster = ['--seeds', 2, '--work-dir', tmp_path / 'other', '--cfg-options', *data]
     said = run_command(*few, *faster, 'optim_wrapper.optimizer.lr=0.1')
     assert 'holds runs of other settings (recipe ' in said
+    said = run_command(*few, *faster, 'train_dataloader.num_batch_per_epoch=3')
+    assert 'holds runs of other settings (recipe ' in said
+    said = run_command(*few, '--gpus', 2, *faster)
+    assert 'holds runs of other settings (processes 1, here 2)' in said
+    fewer = write_tiny_imagenet(tmp_path / 'fewer', classes=2)
+    data = [f'evaluation.{split}.data_root={fewer}' for split in ('train', 'val')]
+    said = run_command(*few, *faster[:4], '--cfg-options', *data)
+    assert "holds runs of other settings (data {'train': 12, 'val': 3}, here {'train': 8" in said
     again = ['--seeds', 1, '--work-dir', tmp_path / 'other', '--cfg-options', *data]
     assert run_command(*few, *again) == (
         f'error: --out: {file} holds untrained (seed 1) already, from elsewhere than '
@@ -187,9 +200,12 @@ def test_runs_of_another_machine_join(tmp_path):
 def test_a_seed_joins_the_results_in_the_docs(tmp_path):
     """They are of the recipe that is shipped."""
     file = tmp_path / 'mocov3_tiny_imagenet_short.json'
-    file.write_bytes((ROOT / 'docs/results/tiny_imagenet' / file.name).read_bytes())
-    before = json.loads(file.read_text())['runs']
+    held = json.loads((ROOT / 'docs/results/tiny_imagenet' / file.name).read_text())
+    assert held['about']['data'] == dict(train=100_000, val=10_000)
     root = write_tiny_imagenet(tmp_path / 'tiny')
+    held['about']['data'] = dict(train=12, val=3)  # of which there are fewer here
+    file.write_text(json.dumps(held))
+    before = held['runs']
     few = ['--config', CONFIG, '--arms', 'untrained', '--measures', '--seeds', 99]
     asked = ['--train-images', 25000, '--images', 500, '--solver', 'lbfgs', '--out', tmp_path]
     data = [f'evaluation.{split}.data_root={root}' for split in ('train', 'val')]

@@ -91,3 +91,20 @@ def test_a_run_that_fails_is_told_with_the_end_of_its_log(tmp_path):
     with pytest.raises(RunError, match=r'(?s)bad failed with exit status 1; .*NoSuchBackbone'):
         train(runs)
     assert not finished(runs['good'])  # it was stopped
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_no_final_checkpoint_is_told(tmp_path):
+    """What measures it would take random weights for it."""
+    cfg = Config.fromfile(ROOT / 'configs/demo/mocov3.py')
+    cfg.work_dir = str(tmp_path / 'run')
+    cfg.train_dataloader.batch_size = 4
+    cfg.train_dataloader.dataset.update(
+        data_root=str(tmp_path / 'photos'), train_per_picture=8, val_per_picture=1, indices=8
+    )
+    cfg.train_cfg.max_epochs = 2
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=3)
+    cfg.custom_imports = dict(imports=['ser_mm'])
+    with pytest.raises(RunError, match=r'run has no epoch_2.pth, though its run has ended; let'):
+        train({'run': cfg})
+    assert (tmp_path / 'run' / 'iter_3.pth').is_file()
