@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, that may be damaged, or that are in use."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -98,6 +99,15 @@ def write_text(file: str | Path, text: str) -> None:
     """
     with replacing(file) as part:
         part.write_text(text)
+
+
+def digest_file(file: str | Path) -> str:
+    """SHA-256 of what a file holds, in hexadecimal.
+
+    Args:
+        file (str | Path): File to read.
+    """
+    return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 
 def read_kept(file: str | Path, read: Callable[[Path], T]) -> T | None:

@@ -6,7 +6,7 @@ Each checkpoint belongs to the config before it:
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -100,6 +100,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _short(config: str, configs: Iterable[str]) -> str:
+    """The name of a config without its folder, if that tells it from the others."""
+    name = Path(config).stem
+    return name if [Path(x).stem for x in configs].count(name) == 1 else config
+
+
 @one_sentence()
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, print the table, draw the curves.
@@ -118,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks = {}
     for name, (config, checkpoint) in zip(args.names, args.pairs, strict=True):
         before = start_of(cfgs[config])
-        before = f'{before}, {Path(config).stem}' if len(cfgs) > 1 else before
+        before = f'{before}, {_short(config, cfgs)}' if len(cfgs) > 1 else before
         while before in args.names:  # a folder may be called weights, too
             before = f'{before} at the start'
         networks.setdefault(before, (config, None))

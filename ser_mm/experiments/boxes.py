@@ -18,6 +18,7 @@ from ser_mm.experiments.detectors import (
     write_random,
 )
 from ser_mm.experiments.runs import check_settings
+from ser_mm.files import digest_file
 
 METRICS = ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75')
 
@@ -72,10 +73,13 @@ def box_map(
     work_dir = Path(work_dir).expanduser().absolute()
     cfg = boxes_config(seed, work_dir, data_root, backbone, size, cfg_options)
     start = cfg.model.backbone.init_cfg
+    random = f'{work_dir}_random.pth'  # which the seed gives
     if checkpoint is None:
-        start.checkpoint = f'{work_dir}_random.pth'
+        start.checkpoint = random
     elif Path(checkpoint).expanduser().is_file():
         start.checkpoint = str(Path(checkpoint).expanduser().absolute())
+        if start.checkpoint != random:
+            cfg.inputs = dict(checkpoint=digest_file(start.checkpoint))
     else:
         raise FileNotFoundError(
             f'box_map: checkpoint={str(checkpoint)!r} is not a file; name a checkpoint of a '

@@ -18,7 +18,7 @@ from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.demo import ARMS, CONFIGS
 from ser_mm.experiments.detectors import frozen_backbone, train_and_score, without_validation
 from ser_mm.experiments.runs import check_settings, finished, reserved
-from ser_mm.files import write_text
+from ser_mm.files import digest_file, write_text
 from ser_mm.visualization import draw_detections
 
 METRICS = dict(bbox_mAP='box mAP', bbox_mAP_50='box AP50', segm_mAP='mask mAP')
@@ -72,6 +72,8 @@ def detector_config(
         cfg[f'{split}_dataloader'].dataset.data_root = f'{data}/'
     cfg.test_evaluator.ann_file = f'{data}/val.json'
     cfg.randomness = dict(seed=seed)
+    if start := backbone.get('init_cfg'):
+        cfg.inputs = dict(checkpoint=digest_file(start['checkpoint']))
     cfg.work_dir = str(work_dir)
     cfg.merge_from_dict(dict(cfg_options))
     return without_validation(cfg)

@@ -1,6 +1,5 @@
 """Detection on own images: what pretrained backbones are worth, by the share that is labelled."""
 
-import hashlib
 import json
 import math
 import re
@@ -30,7 +29,7 @@ from ser_mm.experiments.own_detector import (
     start_backbone,
 )
 from ser_mm.experiments.runs import check_settings, finished
-from ser_mm.files import write_text
+from ser_mm.files import digest_file, write_text
 
 MODES = ('frozen', 'unfrozen')
 RANDOM = 'random'
@@ -117,7 +116,7 @@ def compare_detectors(
     counts = {share: round(share * len(pool)) for share in shares}
     files = {name: _by_seed(checkpoint, seeds) for name, checkpoint in backbones.items()}
     starts: dict[str, tuple[ConfigDict, str | None]] = {
-        file: (start_backbone(cfg, name, file, 'frozen' in modes), _digest(file))
+        file: (start_backbone(cfg, name, file, 'frozen' in modes), digest_file(file))
         for name in files
         for file in dict.fromkeys(files[name].values())
     }
@@ -130,7 +129,7 @@ def compare_detectors(
             backbone.init_cfg = dict(type='Pretrained', checkpoint=file, prefix='backbone.')
             starts[file] = backbone, None
         by_name[RANDOM] = [mode for mode in MODES if mode == 'unfrozen' or mode in modes]
-    inputs: dict[str, Any] = dict(train=_digest(train), val=_digest(val))
+    inputs: dict[str, Any] = dict(train=digest_file(train), val=digest_file(val))
     if (gpus or 1) > 1:  # as it makes other batches
         inputs['processes'] = gpus
     runs = {}
@@ -274,11 +273,6 @@ def _check_arguments(
 
 def _by_seed(checkpoint: str, seeds: Sequence[int]) -> dict[int, str]:
     return {seed: checkpoint.replace('{seed}', str(seed)) for seed in seeds}
-
-
-def _digest(file: str | Path) -> str:
-    """Changes when a file does that runs depend on."""
-    return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 
 def _run_config(

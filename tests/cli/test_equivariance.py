@@ -5,6 +5,7 @@ import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 
+from ser_mm.cli.equivariance import _short
 from tests.support.command import run_command
 from tests.support.paths import ROOT
 
@@ -45,3 +46,9 @@ def test_what_belongs_to_what(capsys):
     assert 'a.pth comes first, but is not a config' in capsys.readouterr().err
     assert run_command('equivariance', 'demo/mocov3', 'ser_mocov3_vits16') == 2
     assert 'no checkpoint follows ser_mocov3_vits16' in capsys.readouterr().err
+
+
+def test_configs_of_one_name_are_told_apart():
+    configs = ['a/ser.py', 'b/ser.py', 'mocov3']
+    assert [_short(x, configs) for x in configs] == ['a/ser.py', 'b/ser.py', 'mocov3']
+    assert _short('a/ser.py', ['a/ser.py', 'mocov3']) == 'ser'
