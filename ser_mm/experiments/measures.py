@@ -69,7 +69,16 @@ def measure(
     digest.update(repr((cfg.evaluation, layer)).encode())
     about = dict(digest=digest.hexdigest(), data=data, images=images, solver=solver)
     kept = read_kept(file, lambda x: json.loads(x.read_text())) or {}
-    kept = kept if kept.get('about') == about else dict(about=about)
+    if kept and kept.get('about') != about:
+        left = [name for name in kept if name != 'about' and name not in measures]
+        if left:  # hours of work, and perhaps only the time stamps of the images are others
+            file.replace(f'{file}.old')
+            print(
+                f'{file}: {", ".join(left)} were measured of other weights, settings or images, '
+                f'and are not measured now; they are in {file.name}.old.'
+            )
+        kept = {}
+    kept = kept or dict(about=about)
     for name, version in VERSIONS.items():
         if name in kept and kept[name].get('version', 1) != version:
             del kept[name]

@@ -132,6 +132,18 @@ def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch)
     assert len(folders) == len(set(folders)) == 2
 
 
+def test_figures_of_other_images_are_kept_aside(tmp_path, monkeypatch, capsys):
+    """They may be outdated by a time stamp alone."""
+    monkeypatch.setattr(measures, 'box_map', lambda *x: dict(bbox_mAP=0.25))
+    own = arm_config(load_base(find_config(CONFIG), {}), 'untrained', 0, tmp_path, {})
+    assert measure(own, None, 2, ['boxes'], 'images') == dict(box_map=0.25)
+    assert measure(own, None, 2, [], 'images') == dict(box_map=0.25) and not capsys.readouterr().out
+    assert measure(own, None, 2, [], 'others') == {}
+    assert 'boxes were measured of other weights, settings or images' in capsys.readouterr().out
+    old = json.loads(Path(f'{own.work_dir}.measures.json.old').read_text())
+    assert old['boxes']['box_map'] == 0.25
+
+
 @pytest.mark.parametrize(
     ('given', 'expected'),
     [(None, [0, 3, 6]), (2, [0, 1]), (7, [0, 2, 4]), ([7, 5], [7, 5]), ([7, 5, 1, 2], [7, 5, 1])],
@@ -184,8 +196,8 @@ def test_runs_of_another_machine_join(tmp_path):
     said = run_command(*few, '--gpus', 2, *faster)
     assert 'holds runs of other settings (processes 1, here 2)' in said
     fewer = write_tiny_imagenet(tmp_path / 'fewer', classes=2)
-    data = [f'evaluation.{split}.data_root={fewer}' for split in ('train', 'val')]
-    said = run_command(*few, *faster[:4], '--cfg-options', *data)
+    other_data = [f'evaluation.{split}.data_root={fewer}' for split in ('train', 'val')]
+    said = run_command(*few, *faster[:4], '--cfg-options', *other_data)
     assert "holds runs of other settings (data {'train': 12, 'val': 3}, here {'train': 8" in said
     again = ['--seeds', 1, '--work-dir', tmp_path / 'other', '--cfg-options', *data]
     assert run_command(*few, *again) == (
