@@ -219,7 +219,7 @@ def compare(
             # Read again: somebody may have added runs while these were trained.
             kept = _kept_runs(file, about)
             kept = [run for run in kept if (run['arm'], run['seed']) != (ARMS[arm], seed)]
-            kept.append(dict(arm=ARMS[arm], seed=seed, **found))
+            kept.append(dict(arm=ARMS[arm], seed=seed, precision=_precision(own), **found))
             results['runs'] = sorted(kept, key=lambda x: (order.index(x['arm']), x['seed']))
             write_text(file, json.dumps(results, indent=1) + '\n')
     text = report_comparison(results)
@@ -227,6 +227,18 @@ def compare(
     draw_comparison(results, file.with_suffix(''))
     print(f'\n{text}\n\nResults are in {file} and .md.')
     return file
+
+
+def _precision(cfg: Config) -> str | None:
+    """In which a run was trained, which the machine may have decided; None for one that was not."""
+    written = sorted(Path(cfg.work_dir).glob('*/vis_data/config.py'))
+    if not written:
+        return None
+    wrapper = Config.fromfile(written[-1]).optim_wrapper
+    kind = wrapper.type.rpartition('.')[2]
+    if kind in ('AmpOptimWrapper', 'CPUAmpOptimWrapper'):
+        return wrapper.get('dtype', 'bfloat16' if kind.startswith('CPU') else 'float16')
+    return 'float32'
 
 
 def _kept_runs(file: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -106,6 +107,10 @@ def report_comparison(results: dict[str, Any]) -> str:
         f'{describe_seeds(seeds).capitalize()} Differences are paired by seed; intervals and p '
         "are of Student's t, uncorrected for the number of comparisons."
     )
+    counts = Counter(run['precision'] for run in results['runs'] if run.get('precision'))
+    if len(counts) > 1:
+        told = ', '.join(f'{count} runs in {name}' for name, count in sorted(counts.items()))
+        tables.append(f'Of these {told}: what differs between them may come of that.')
     return '\n\n'.join(tables)
 
 

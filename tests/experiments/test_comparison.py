@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from ser_mm.engine.configs import find_config
 from ser_mm.evaluation.robustness import CORRUPTIONS
 from ser_mm.experiments import measures
-from ser_mm.experiments.comparison import ARMS, arm_config
+from ser_mm.experiments.comparison import ARMS, _precision, arm_config
 from ser_mm.experiments.differences import COLUMNS, report_comparison
 from ser_mm.experiments.measures import MEASURES, measure
 from ser_mm.experiments.sweeps import load_base
@@ -130,6 +131,42 @@ def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch)
         own.work_dir = str(tmp_path / 'run')
         assert measure(own, None, 2, ['boxes'], 'images') == dict(box_map=0)
     assert len(folders) == len(set(folders)) == 2
+
+
+@pytest.mark.parametrize(
+    ('wrapper', 'expected'),
+    [
+        (dict(type='OptimWrapper'), 'float32'),
+        (dict(type='AmpOptimWrapper', dtype='bfloat16'), 'bfloat16'),
+        (dict(type='AmpOptimWrapper', loss_scale='dynamic'), 'float16'),
+        (dict(type='mmengine.CPUAmpOptimWrapper'), 'bfloat16'),
+        (None, None),
+    ],
+)
+def test_the_precision_of_a_run_is_what_it_was_trained_in(wrapper, expected, tmp_path):
+    """Not what its config asks for, in the place of which a CPU may have taken another."""
+    if wrapper:
+        file = tmp_path / '20260101_000000' / 'vis_data' / 'config.py'
+        file.parent.mkdir(parents=True)
+        Config(dict(optim_wrapper=wrapper)).dump(file)
+    cfg = Config(dict(work_dir=str(tmp_path), optim_wrapper=dict(type='AmpOptimWrapper')))
+    assert _precision(cfg) == expected
+
+
+def test_mixed_precision_of_runs_is_told():
+    found = results(baseline=[0.1, 0.2], SER=[0.2, 0.3])
+    for run in found['runs']:
+        run['precision'] = 'float32'
+    assert 'float32' not in report_comparison(found)
+    found['runs'][0]['precision'] = 'bfloat16'
+    assert 'Of these 1 runs in bfloat16, 3 runs in float32: what' in report_comparison(found)
+
+
+def test_a_figure_that_is_no_number_does_not_hide_its_arm():
+    """The R2 of a map that collapsed in one seed."""
+    text = report_comparison(results(baseline=[0.1, 0.2, 0.3], SER=[0.2, float('nan'), 0.5]))
+    assert '| 0.350 ± 0.212 (2 of 3) |' in text
+    assert '| linear probe ' in text.split('SER - baseline')[1] and 'nan' not in text
 
 
 def test_figures_of_other_images_are_kept_aside(tmp_path, monkeypatch, capsys):
