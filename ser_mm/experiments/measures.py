@@ -31,7 +31,7 @@ from ser_mm.files import read_kept, write_text
 
 MEASURES = ('accuracy', 'corruptions', 'equivariance', 'dense', 'cost', 'boxes')
 VERSIONS = dict(corruptions=2)
-"""Of measures that were another before: what was kept of these is taken again."""
+"""Those of measures that have changed; what was kept of another one is taken again."""
 
 
 def measure(

@@ -415,13 +415,21 @@ def _linear_of_parts(layer: nn.Module, parts: list[Tensor]) -> Tensor:
         or layer._backward_pre_hooks
         or layer._backward_hooks
     )
-    dtype = parts[0].dtype  # under autocast not that of the parameters
-    # Left by a norm after attention, which autocast computes in float32; it casts for the layer.
-    to_cast = dtype is torch.float32 and torch.is_autocast_enabled(parts[0].device.type)
-    if len(parts) == 1 or not plain or to_cast or torch.compiler.is_compiling():
+    if len(parts) == 1 or not plain or torch.compiler.is_compiling() or _will_be_cast(parts[0]):
         return layer(_cat(parts))
+    dtype = parts[0].dtype  # under autocast not that of the parameters
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return _LinearOfParts.apply(layer.weight.to(dtype), bias, *parts)
+
+
+def _will_be_cast(part: Tensor) -> bool:
+    """Whether autocast casts it for a layer: it leaves float32 behind norms on a GPU."""
+    device = part.device.type
+    return (
+        part.dtype is torch.float32
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )
 
 
 class _LinearOfParts(torch.autograd.Function):
