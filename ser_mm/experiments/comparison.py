@@ -39,7 +39,7 @@ from ser_mm.experiments.sweeps import (
     run_config,
     ser_layer,
 )
-from ser_mm.files import write_text
+from ser_mm.files import digest_file, write_text
 
 ARMS = dict(
     untrained='untrained',
@@ -174,7 +174,7 @@ def compare(
         some = spaced_indices(total['train'], train_images)
         given = cfg.evaluation.train.get('indices')
         some = [given[i] for i in some] if isinstance(given, Sequence) else some
-    set_processes(runs.values(), gpus)
+    set_processes(trained.values(), gpus)
     for own in runs.values():
         check_settings(own)
     file = out / f'{config.stem.removeprefix("ser_")}.json'
@@ -235,9 +235,9 @@ def _precision(cfg: Config) -> str | None:
     if not written:
         return None
     wrapper = Config.fromfile(written[-1]).optim_wrapper
-    kind = wrapper.type.rpartition('.')[2]
+    kind = str(wrapper.get('type', 'OptimWrapper')).rpartition('.')[2]
     if kind in ('AmpOptimWrapper', 'CPUAmpOptimWrapper'):
-        return wrapper.get('dtype', 'bfloat16' if kind.startswith('CPU') else 'float16')
+        return wrapper.get('dtype') or ('bfloat16' if kind.startswith('CPU') else 'float16')
     return 'float32'
 
 
@@ -275,6 +275,8 @@ def _recipe(cfg: Config) -> str:
     reading = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
     loader = cfg.train_dataloader.items()
     parts = {key: cfg.get(key) for key in keys}
+    if cfg.get('load_from') and Path(cfg.load_from).is_file():
+        parts['load_from'] = digest_file(cfg.load_from)
     parts['train_dataloader'] = {key: value for key, value in loader if key not in reading}
     text = json.dumps(_without_places(parts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

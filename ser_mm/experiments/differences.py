@@ -109,8 +109,8 @@ def report_comparison(results: dict[str, Any]) -> str:
     )
     counts = Counter(run['precision'] for run in results['runs'] if run.get('precision'))
     if len(counts) > 1:
-        told = ', '.join(f'{count} runs in {name}' for name, count in sorted(counts.items()))
-        tables.append(f'Of these {told}: what differs between them may come of that.')
+        told = ', '.join(f'in {name} {count}' for name, count in sorted(counts.items()))
+        tables.append(f'Runs trained {told}; what differs between these may come of that.')
     return '\n\n'.join(tables)
 
 

@@ -27,7 +27,7 @@ from ser_mm.evaluation.metrics import rank_me
 from ser_mm.evaluation.robustness import CORRUPTIONS, corrupted_datasets
 from ser_mm.experiments.boxes import box_map
 from ser_mm.experiments.figures import TRANSFORMATIONS, accuracies, turned
-from ser_mm.files import read_kept, write_text
+from ser_mm.files import digest_file, read_kept, write_text
 
 MEASURES = ('accuracy', 'corruptions', 'equivariance', 'dense', 'cost', 'boxes')
 VERSIONS = dict(corruptions=2)
@@ -72,16 +72,21 @@ def measure(
     if kept and kept.get('about') != about:
         left = [name for name in kept if name != 'about' and name not in measures]
         if left:  # hours of work, and perhaps only the time stamps of the images are others
-            file.replace(f'{file}.old')
+            aside = file.with_name(
+                f'{file.name}.{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}'
+            )
+            file.replace(aside)
             print(
                 f'{file}: {", ".join(left)} were measured of other weights, settings or images, '
-                f'and are not measured now; they are in {file.name}.old.'
+                f'and are not measured now; they are in {aside.name}.'
             )
         kept = {}
     kept = kept or dict(about=about)
     for name, version in VERSIONS.items():
         if name in kept and kept[name].get('version', 1) != version:
             del kept[name]
+            if name not in measures:
+                print(f'{file}: {name} is measured otherwise now, and is left out until it is.')
     for name in measures:
         if name not in kept:
             start = time.monotonic()

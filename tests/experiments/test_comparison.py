@@ -137,6 +137,8 @@ def test_detector_of_other_weights_is_not_taken_for_these(tmp_path, monkeypatch)
     ('wrapper', 'expected'),
     [
         (dict(type='OptimWrapper'), 'float32'),
+        (dict(optimizer=dict(type='AdamW')), 'float32'),
+        (dict(type='AmpOptimWrapper', dtype=None), 'float16'),
         (dict(type='AmpOptimWrapper', dtype='bfloat16'), 'bfloat16'),
         (dict(type='AmpOptimWrapper', loss_scale='dynamic'), 'float16'),
         (dict(type='mmengine.CPUAmpOptimWrapper'), 'bfloat16'),
@@ -159,7 +161,7 @@ def test_mixed_precision_of_runs_is_told():
         run['precision'] = 'float32'
     assert 'float32' not in report_comparison(found)
     found['runs'][0]['precision'] = 'bfloat16'
-    assert 'Of these 1 runs in bfloat16, 3 runs in float32: what' in report_comparison(found)
+    assert 'Runs trained in bfloat16 1, in float32 3; what' in report_comparison(found)
 
 
 def test_a_figure_that_is_no_number_does_not_hide_its_arm():
@@ -177,7 +179,8 @@ def test_figures_of_other_images_are_kept_aside(tmp_path, monkeypatch, capsys):
     assert measure(own, None, 2, [], 'images') == dict(box_map=0.25) and not capsys.readouterr().out
     assert measure(own, None, 2, [], 'others') == {}
     assert 'boxes were measured of other weights, settings or images' in capsys.readouterr().out
-    old = json.loads(Path(f'{own.work_dir}.measures.json.old').read_text())
+    (file,) = tmp_path.rglob('untrained.measures.json.*')
+    old = json.loads(file.read_text())
     assert old['boxes']['box_map'] == 0.25
 
 
