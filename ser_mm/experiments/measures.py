@@ -72,9 +72,7 @@ def measure(
     if kept and kept.get('about') != about:
         left = [name for name in kept if name != 'about' and name not in measures]
         if left:  # hours of work, and perhaps only the time stamps of the images are others
-            aside = file.with_name(
-                f'{file.name}.{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}'
-            )
+            aside = file.with_name(f'{file.name}.{digest_file(file)[:8]}')
             file.replace(aside)
             print(
                 f'{file}: {", ".join(left)} were measured of other weights, settings or images, '
