@@ -12,8 +12,7 @@ model = dict(
 )
 
 # The projector's LayerNorm, as all norms.
-norm_of_neck = _base_.excluded
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'ser_neck.layers.0': norm_of_neck}))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'ser_neck.layers.0': _base_.excluded}))
 
 train_pipeline = _base_.train_pipeline
 train_pipeline[1].update(type='EquivariantViewPipeline', equi_ratio=0.01)

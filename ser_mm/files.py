@@ -132,7 +132,7 @@ def read_kept(file: str | Path, read: Callable[[Path], T]) -> T | None:
 
 
 @contextmanager
-def locked(file: str | Path, what: str) -> Iterator[int]:
+def locked(file: str | Path, what: str, wait: bool = False) -> Iterator[int]:
     """Hold a lock, until the end of the context or of this process, however it ends.
 
     The lock is with this process and those that inherit it: the ones that it forks, and the ones
@@ -142,12 +142,14 @@ def locked(file: str | Path, what: str) -> Iterator[int]:
     Args:
         file (str | Path): File of the lock, there as long as it is held.
         what (str): What is locked, and begins the sentence of the error.
+        wait (bool): Whether to wait, however long, for a living process that holds it. Defaults
+            to False.
 
     Yields:
         int: Descriptor of the lock.
 
     Raises:
-        BlockingIOError: If a living process holds it.
+        BlockingIOError: If a living process holds it, but with ``wait``.
     """
     file = Path(os.path.abspath(file))
     if file in _held:
@@ -161,6 +163,10 @@ def locked(file: str | Path, what: str) -> Iterator[int]:
             break
         except BlockingIOError as error:
             pid, host = _owner(file)
+            if wait:
+                print(f'Waiting for {what}, which process {pid} on {host} uses.', flush=True)
+                lock = _lock(file, wait=True)
+                break
             is_ending = host == '?' or (host == socket.gethostname() and not _is_alive(pid))
             if not is_ending:
                 raise BlockingIOError(

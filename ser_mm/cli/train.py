@@ -145,7 +145,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
             )
         cfg.auto_scale_lr.enable = True
-    needed = ['EquivariantSplitHook', 'ResumeHook'] if _has_b2(cfg.model) else ['ResumeHook']
+    needed = ['EquivariantSplitHook', 'ResumeHook'] if _takes_views(cfg.model) else ['ResumeHook']
     if (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1) > 1:
         needed.append('MomentumUpdateHook')
     if _makes_views(cfg):  # from torch's generator, which is to differ by rank and epoch
@@ -172,7 +172,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             loader.persistent_workers = False
 
 
-def _has_b2(model: dict) -> bool:
+def _takes_views(model: dict) -> bool:
     """Whether the model takes the views of an EquivariantViewPipeline."""
     kind = model.get('type')
     if isinstance(kind, str):

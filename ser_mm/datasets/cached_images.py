@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +98,11 @@ class CachedImages(BaseDataset):
         setting = _digest(f'{_LAYOUT} {self.source}'.encode())
         name = f'{type(dataset).__name__}_{setting}'
         self.file = self.folder / f'{name}.{_digest(*map(_stamp, infos))}.npy'
-        self._provide(dataset, infos, name)
+        if not self.file.exists():
+            # No barrier of the process group: that of GPUs ends after ten minutes, and other
+            # machines may have other disks.
+            with locked(f'{self.file}.lock', str(self.file), wait=True):
+                self._write(dataset, infos, name)
         readable = np.flatnonzero(self.rows['readable']).tolist()
         rest = [{k: v for k, v in info.items() if k != 'img'} for info in infos]
         return [dict(rest[row], row=row) for row in readable]
@@ -130,29 +132,9 @@ class CachedImages(BaseDataset):
         # What is mapped would be copied.
         return {**vars(self), '_rows': None}
 
-    def _provide(self, dataset: BaseDataset, infos: Sequence[dict], name: str) -> None:
-        """Write the file, or wait for another process that does.
-
-        Not in a barrier of the process group: that of GPUs ends after ten minutes, and other
-        machines may have other disks.
-        """
-        assert self.file is not None
-        told = False
-        while not self.file.exists():
-            with ExitStack() as stack:
-                try:
-                    stack.enter_context(locked(f'{self.file}.lock', str(self.file)))
-                except BlockingIOError:
-                    if not told:
-                        print_log(f'Waiting for {self.file}, which another process writes')
-                        told = True
-                    time.sleep(0.2)
-                    continue
-                self._write(dataset, infos, name)
-
     def _write(self, dataset: BaseDataset, infos: Sequence[dict], name: str) -> None:
         assert self.file is not None
-        if self.file.exists():
+        if self.file.exists():  # by now: another process wrote it
             return
         outdated = set(self.folder.glob(f'{name}.*.npy'))
         told = 'have changed, and are kept anew' if outdated else 'are kept'

@@ -114,7 +114,7 @@ def adapt_to_device(cfg: Config) -> None:
         return
 
     optim_wrapper = cfg.get('optim_wrapper') or {}
-    if _type_name(optim_wrapper) == 'AmpOptimWrapper':
+    if type_name(optim_wrapper) == 'AmpOptimWrapper':
         asked = str(optim_wrapper.get('dtype')).removeprefix('torch.')
         bfloat16 = asked == 'bfloat16' and _agreed(is_bfloat16_faster())
         kind = 'mmengine.CPUAmpOptimWrapper' if bfloat16 else 'OptimWrapper'
@@ -165,8 +165,12 @@ def _agreed(value: bool) -> bool:
     return all(values)
 
 
-def _type_name(cfg: dict) -> str:
-    """Bare name of the class that a config names by string (scoped or not) or gives itself."""
+def type_name(cfg: dict) -> str:
+    """Bare name of the class that a config names by string (scoped or not) or gives itself.
+
+    Args:
+        cfg (dict): Config with ``type``; the name is empty without it.
+    """
     kind = cfg.get('type', '')
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 

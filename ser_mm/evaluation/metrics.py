@@ -84,8 +84,8 @@ def paired_difference(
         confidence (float): Of the interval. Defaults to 0.95.
 
     Returns:
-        dict: ``mean`` of one - other, its ``interval``, ``p`` of the two-sided test that it is 0
-        and how many differences are ``positive``. Interval and p are nan where the differences
+        dict: ``mean`` of one - other, its ``interval``, ``p`` of the two-sided test that it is
+        0, and how many differences are ``positive``. Interval and p are nan where the differences
         are equal up to rounding, as those of rounded figures may be: the test would be certain.
 
     Raises:

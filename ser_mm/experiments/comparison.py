@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
+from ser_mm.engine.cpu import type_name
 from ser_mm.evaluation.data import build_loader, check_evaluation, spaced_indices
 from ser_mm.experiments.differences import (
     draw_comparison,
@@ -235,7 +236,7 @@ def _precision(cfg: Config) -> str | None:
     if not written:
         return None
     wrapper = Config.fromfile(written[-1]).optim_wrapper
-    kind = str(wrapper.get('type', 'OptimWrapper')).rpartition('.')[2]
+    kind = type_name(wrapper)
     if kind in ('AmpOptimWrapper', 'CPUAmpOptimWrapper'):
         return wrapper.get('dtype') or ('bfloat16' if kind.startswith('CPU') else 'float16')
     return 'float32'

@@ -28,7 +28,7 @@ from ser_mm.experiments.own_detector import (
     own_metrics,
     start_backbone,
 )
-from ser_mm.experiments.runs import check_settings, finished
+from ser_mm.experiments.runs import check_settings, finished, set_processes
 from ser_mm.files import digest_file, write_text
 
 MODES = ('frozen', 'unfrozen')
@@ -129,9 +129,7 @@ def compare_detectors(
             backbone.init_cfg = dict(type='Pretrained', checkpoint=file, prefix='backbone.')
             starts[file] = backbone, None
         by_name[RANDOM] = [mode for mode in MODES if mode == 'unfrozen' or mode in modes]
-    inputs: dict[str, Any] = dict(train=digest_file(train), val=digest_file(val))
-    if (gpus or 1) > 1:  # as it makes other batches
-        inputs['processes'] = gpus
+    inputs = dict(train=digest_file(train), val=digest_file(val))
     runs = {}
     for seed, share, name in product(seeds, shares, files):
         backbone, digest = starts[files[name][seed]]
@@ -139,6 +137,7 @@ def compare_detectors(
             own = _run_config(cfg, backbone, mode, share, seed, work_dir, steps)
             own.inputs = dict(inputs, checkpoint=digest)
             own.work_dir = str(work_dir / 'runs' / name / mode / f'share{share}' / f'seed{seed}')
+            set_processes([own], gpus)
             check_settings(own)  # of all, before anything is written
             runs[name, mode, share, seed] = own
 

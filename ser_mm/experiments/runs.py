@@ -72,7 +72,7 @@ def final_checkpoint(cfg: Config) -> str:
 def set_processes(runs: Iterable[Config], processes: int | None) -> None:
     """Let the settings of runs tell how many processes share a step, where it is more than one.
 
-    ``train_dataloader.batch_size`` is that of one, so that other runs are meant by the same config.
+    ``train_dataloader.batch_size`` is that of one, so they make other batches of the same config.
 
     Args:
         runs (Iterable[Config]): Configs, changed in place.
@@ -80,7 +80,7 @@ def set_processes(runs: Iterable[Config], processes: int | None) -> None:
     """
     if (processes or 1) > 1:
         for cfg in runs:
-            cfg.processes = processes
+            cfg.inputs = dict(cfg.get('inputs', {}), processes=processes)
 
 
 def check_settings(cfg: Config) -> None:

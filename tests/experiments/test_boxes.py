@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_a_seed_gives_all_backbones_one_start_and_one_order(data, tmp_path):
     }
     assert all(torch.equal(rest['early'][k], v) for k, v in rest['late'].items())
     assert runs['early'].seen == runs['late'].seen and len(runs['late'].seen) == 12
+
+
+def test_a_detector_is_of_the_weights_not_of_their_file(data, tmp_path, monkeypatch):
+    """Of a pretraining that was made again in the same folder, it is another."""
+
+    def trained(runs, metrics):
+        ((name, cfg),) = runs.items()
+        Path(f'{cfg.work_dir}.py').write_text(cfg.pretty_text)
+        return {name: dict.fromkeys(metrics, 0.5)}
+
+    monkeypatch.setattr('ser_mm.experiments.boxes.train_and_score', trained)
+    weights = tmp_path / 'epoch_2.pth'
+    call = dict(data_root=data, backbone=LATE, images=(2, 1), cfg_options=QUICK)
+    for content in ('first', 'first'):
+        weights.write_text(content)
+        assert box_map(weights, 3, tmp_path / 'run', **call)['bbox_mAP'] == 0.5
+    weights.write_text('second')
+    with pytest.raises(ValueError, match='holds a run with other settings'):
+        box_map(weights, 3, tmp_path / 'run', **call)
 
 
 @pytest.mark.slow

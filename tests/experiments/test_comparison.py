@@ -9,7 +9,7 @@ from mmengine.config import Config
 from ser_mm.engine.configs import find_config
 from ser_mm.evaluation.robustness import CORRUPTIONS
 from ser_mm.experiments import measures
-from ser_mm.experiments.comparison import ARMS, _precision, arm_config
+from ser_mm.experiments.comparison import ARMS, _precision, _recipe, arm_config
 from ser_mm.experiments.differences import COLUMNS, report_comparison
 from ser_mm.experiments.measures import MEASURES, measure
 from ser_mm.experiments.sweeps import load_base
@@ -169,6 +169,27 @@ def test_a_figure_that_is_no_number_does_not_hide_its_arm():
     text = report_comparison(results(baseline=[0.1, 0.2, 0.3], SER=[0.2, float('nan'), 0.5]))
     assert '| 0.350 ± 0.212 (2 of 3) |' in text
     assert '| linear probe ' in text.split('SER - baseline')[1] and 'nan' not in text
+
+
+def test_figures_of_a_measure_that_has_changed_are_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measures, 'box_map', lambda *x: dict(bbox_mAP=0.25))
+    own = arm_config(load_base(find_config(CONFIG), {}), 'untrained', 0, tmp_path, {})
+    measure(own, None, 2, ['boxes'], 'images')
+    monkeypatch.setattr(measures, 'VERSIONS', dict(boxes=2))
+    assert measure(own, None, 2, [], 'images') == {}
+    assert 'boxes is measured otherwise now' in capsys.readouterr().out
+    monkeypatch.setattr(measures, 'box_map', lambda *x: dict(bbox_mAP=0.5))
+    for asked in (['boxes'], []):  # taken again, and kept
+        assert measure(own, None, 2, asked, 'images') == dict(box_map=0.5)
+
+
+def test_weights_to_start_from_are_told_apart_by_what_they_hold(tmp_path):
+    cfg, recipes = load_base(find_config(CONFIG), {}), []
+    for name, content in (('a', 'first'), ('b', 'first'), ('a', 'second')):
+        (tmp_path / name).write_text(content)
+        cfg.load_from = str(tmp_path / name)
+        recipes.append(_recipe(cfg))
+    assert recipes[0] == recipes[1] != recipes[2]
 
 
 def test_figures_of_other_images_are_kept_aside(tmp_path, monkeypatch, capsys):

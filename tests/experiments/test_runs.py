@@ -1,5 +1,6 @@
 """Training runs as processes."""
 
+import copy
 import fcntl
 import socket
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from ser_mm.experiments.runs import RunError, check_settings, finished, train
+from ser_mm.experiments.runs import RunError, check_settings, finished, set_processes, train
 from tests.support.paths import ROOT
 
 
@@ -61,6 +62,20 @@ def test_settings_that_cannot_be_read_are_named_with_what_to_do(tmp_path):
         check_settings(cfg)
     kept.unlink()
     check_settings(cfg)
+
+
+def test_runs_of_other_processes_are_told_apart(tmp_path):
+    """batch_size is that of one, so that their steps are of other batches."""
+    cfg = Config.fromfile(ROOT / 'configs/demo/ser_mocov3.py')
+    cfg.work_dir, kept = str(tmp_path / 'run'), tmp_path / 'run.py'
+    kept.write_text(cfg.pretty_text)
+    for processes in (None, 1):
+        set_processes([cfg], processes)
+        check_settings(cfg)
+    two = copy.deepcopy(cfg)
+    set_processes([two], 2)
+    with pytest.raises(ValueError, match='run holds a run with other settings'):
+        check_settings(two)
 
 
 def test_a_run_that_another_process_has_is_refused(tmp_path):
