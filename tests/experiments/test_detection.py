@@ -279,8 +279,11 @@ def assert_table_follows(results, table):
             continue
         differences = [runs[seed]['bbox_mAP'] - pairs[seed]['bbox_mAP'] for seed in runs]
         assert float(row[-4]) == pytest.approx(np.mean(differences), abs=0.00005 + 1e-9)
-        ends = [float(x) for x in row[-3].split(' to ')]
-        np.testing.assert_allclose(ends, interval(differences), atol=0.00005 + 1e-9)
+        if np.ptp(differences) < 1e-9:  # of detectors that find nothing, say
+            assert row[-3:-1] == ['-', '-']
+        else:
+            ends = [float(x) for x in row[-3].split(' to ')]
+            np.testing.assert_allclose(ends, interval(differences), atol=0.00005 + 1e-9)
         assert row[-1] == f'{sum(x > 0 for x in differences)} of {len(differences)}'
 
 
@@ -296,7 +299,8 @@ def test_the_table_is_of_the_runs(seeds):
             for share in (1.0, 0.1):
                 for seed in seeds:
                     run = dict(backbone=name, mode=mode, share=share, images=int(40 * share))
-                    scores = rng.random(3).tolist()
+                    # All detectors of few images may find nothing.
+                    scores = rng.random(3).tolist() if share == 1 else [0.0] * 3
                     run |= zip(('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75'), scores, strict=True)
                     results['runs'].append(run | dict(seed=seed))
     del results['runs'][0 : 2 * len(seeds)]  # SER was not run frozen
