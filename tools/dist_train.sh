@@ -28,7 +28,7 @@ fi
 
 # torchrun would give each process one thread; without a GPU, share the cores out instead.
 if [[ -z ${OMP_NUM_THREADS:-} ]] && ! nvidia-smi -L >/dev/null 2>&1; then
-  threads=$(($(nproc) / gpus))
+  threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / gpus))
   export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
   export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS}
 fi

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly PYTHON=${PYTHON:-python3} VENV=.venv EXTRAS=openmmlab,device-photometry,robustness
+readonly PYTHON=${PYTHON:-python3} VENV=.venv EXTRAS=openmmlab,robustness,timm
 readonly python=$VENV/bin/python
 export MAX_JOBS=${MAX_JOBS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 export PIP_DISABLE_PIP_VERSION_CHECK=1

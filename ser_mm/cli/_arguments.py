@@ -122,8 +122,8 @@ def add_data(
         type=place,
         required=required,
         metavar='PATH',
-        help=f'images {what}{instead}: a folder (with train and val in it, if it has them), or a '
-        'text file with PATH or PATH LABEL on each line',
+        help=f'images {what}{instead}: a folder (with train and val in it, if it has them), a '
+        'tar archive or a folder of such, or a text file with PATH or PATH LABEL on each line',
     )
     if val:
         parser.add_argument(
@@ -131,7 +131,7 @@ def add_data(
             type=place,
             metavar='PATH',
             help='validation images, likewise (default: val in --data, or else every fifth image '
-            'of each class, which is held out)',
+            'of each class; pretraining uses these too, probes and classifiers do not)',
         )
 
 

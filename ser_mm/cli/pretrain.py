@@ -8,7 +8,7 @@ interrupted. In --out are then:
     report.html    losses, views, token maps and nearest neighbours; k-NN and a linear probe where
                    sub-folders are classes
     figures.json   the figures of that page
-    timm/          the backbone as timm loads it, without this package
+    timm/          where timm is installed, the backbone for it, which needs nothing of this package
 """
 
 import argparse

@@ -75,6 +75,13 @@ def init_cpu_process_group(launcher: str, timeout: float | None = None) -> bool:
     return True
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use, all of the machine where the system does not say."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def limit_operator_caches() -> None:
     """Keep what oneDNN prepared for a size for 64 sizes only, unless the environment says else.
 

@@ -53,7 +53,7 @@ class ProbeHook(Hook):
         ValueError: If it has no labels, or an image cannot be read.
 
     Example:
-        >>> custom_hooks = [dict(type='ProbeHook', interval=5)]
+        >>> custom_hooks = [*_base_.custom_hooks, dict(type='ProbeHook', interval=5)]
     """
 
     priority = 'LOW'

@@ -1,7 +1,6 @@
 """The demo: the gradient sweep at toy scale, with a first table early, and pictures."""
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ser_mm.datasets import BundledPhotos, split_batches
 from ser_mm.engine.configs import CONFIG_ROOT
+from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.logs import read_scalars
 from ser_mm.evaluation.backbone import build_backbone, build_model, token_maps_of
 from ser_mm.evaluation.data import build_loader, spaced_images, spaced_indices
@@ -131,7 +131,7 @@ def run_demo(
                 draw(out, arms, layer, images)
             clock.stop('evaluation')
 
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     notes = [
         f'{arms["SER"].train_cfg.max_epochs} epochs, {describe_seeds(seeds)}',
         f'Accuracies: last [CLS] token, {len(val)} validation crops of {len(CLASSES)} pictures '

@@ -1,7 +1,6 @@
 """The detection demo: a detector on each of the frozen backbones of the demo."""
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from ser_mm.datasets import write_bundled_digits
+from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.operators import require_operators
 from ser_mm.evaluation.results import describe_seeds, format_mean, make_table
 from ser_mm.experiments.demo import ARMS, CONFIGS
@@ -203,6 +203,6 @@ def run_detection(
     write_text(out / 'results.json', json.dumps(dict(seeds=list(seeds), results=results), indent=1))
     print(
         f'\n{table}\nTable, results and detections.png are in {out} '
-        f'({time.monotonic() - start:.0f} s on {len(os.sched_getaffinity(0))} cores).'
+        f'({time.monotonic() - start:.0f} s on {count_cores()} cores).'
     )
     return out

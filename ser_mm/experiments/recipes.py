@@ -1,6 +1,5 @@
 """The config of a pretraining: a shipped one, fitted to images, a backbone and a machine."""
 
-import os
 from collections.abc import MutableMapping
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +11,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS, MODELS
 
 from ser_mm.engine.configs import find_config, shipped_configs
+from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.images import use_images
 from ser_mm.engine.pretrained import start_from
 from ser_mm.engine.schedules import follow_max_epochs
@@ -295,7 +295,7 @@ def processes(devices: int | None) -> int | None:
 
 
 def _choose_workers(ranks: int) -> int:
-    cores = len(os.sched_getaffinity(0)) // ranks
+    cores = count_cores() // ranks
     # Without a GPU the cores are needed to train.
     return min(8, cores) if torch.cuda.is_available() else cores // 4
 

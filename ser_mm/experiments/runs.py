@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 
+from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.logs import read_scalars
 from ser_mm.files import locked, write_text
 from ser_mm.progress import SECONDS
@@ -349,7 +350,7 @@ def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> lis
 
 def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[str, str]:
     """Cores, GPUs and port of the runs that take turns in a slot."""
-    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * (gpus or 1) + beside))
+    threads = max(1, count_cores() // (jobs * (gpus or 1) + beside))
     own = dict(OMP_NUM_THREADS=str(threads))
     # By default a thread that waits for the others keeps its core busy. Where cores are shared,
     # steps of the demo on two threads then took 8 times as long.

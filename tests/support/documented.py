@@ -110,7 +110,7 @@ COMMANDS = {
         '--weights dino_vits16.pth',
     ],
     'tests/test_configs.py::test_trains': [
-        'ser-mm train ser_mocov3_vits16',
+        'ser-mm train ser_mocov3_vits16 --auto-scale-lr',
         'ser-mm train equimod_mocov3_vits16',
         'ser-mm train equimod_mocov3_vits16_layer3',
         'ser-mm train equimod_mocov3_vits16 --cfg-options model.loss_weight=0',
@@ -149,6 +149,7 @@ COMMANDS = {
     ],
     'tests/experiments/test_comparison.py::test_whole_chain_goes_on_where_it_was': [
         'ser-mm compare',
+        'ser-mm compare --jobs 2',
         'ser-mm compare --tables docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json',
         'ser-mm compare --tables '
         'docs/results/tiny_imagenet/batches_of_512/mocov3_tiny_imagenet_short.json',
@@ -190,7 +191,8 @@ COMMANDS = {
     ],
     IMAGENET: [
         'ser-mm ablate addons --config ser_mocov3_vits16 --gpus 8',
-        'ser-mm ablate layer cls --config configs/ser_mocov3_vits16.py --gpus 8 --num-workers 16',
+        'ser-mm ablate layer cls --config configs/ser_mocov3_vits16.py --gpus 8 --num-workers 16 '
+        '--seeds 0',
         'ser-mm probe configs/ser_mocov3_vits16.py work_dirs/ser_mocov3_vits16/epoch_100.pth',
         'SCRIPT=probe.py tools/dist_train.sh $config 8 $checkpoint --num-workers 8',
         'SCRIPT=robustness.py tools/dist_train.sh $config 8 $checkpoint --num-workers 8 '
@@ -245,7 +247,7 @@ COMMANDS = {
         'MMCV_WITH_OPS=1 FORCE_CUDA=1 pip install --no-build-isolation --no-cache-dir '
         '--force-reinstall --no-deps onedl-mmcv==2.3.6',
         "pip install 'setuptools==80.9.0' wheel ninja packaging",
-        "pip install -e '.[openmmlab,robustness]'",
+        "pip install -e '.[openmmlab,robustness,timm]'",
         'pip install onedl-mmpretrain==1.3.6 onedl-mmdetection==3.5.1 && pip install -e .',
         "python -c 'from mmcv.ops import get_compiling_cuda_version as v; print(v())'",
         'make env-dev',
