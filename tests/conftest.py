@@ -21,6 +21,7 @@ def quiet():
     """
     MMLogger.get_current_instance().setLevel('WARNING')
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    os.environ.pop('SER_MM_TRACEBACK', None)  # asks commands for more than their sentence
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -120,7 +120,7 @@ with files.locked(sys.argv[1], 'work'):
     with pytest.raises(subprocess.TimeoutExpired):
         other.wait(0.5)
     os.kill(child, signal.SIGKILL)
-    assert other.communicate(timeout=20)[0] == 'free\n' and other.returncode == 0
+    assert other.communicate(timeout=300)[0] == 'free\n' and other.returncode == 0
 
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path):

@@ -31,7 +31,9 @@ if __name__ == '__main__':
             f'PORT={port + 1} before the command.'
         )
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # Others may end of its end within the second that torchrun tells times by.
+        killed = [x for x in error.failures.items() if x[1].exitcode < 0]
+        rank, failure = killed[0] if killed else error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f'error: rank {rank} was ended by {name}.', file=sys.stderr)

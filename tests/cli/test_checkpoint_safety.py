@@ -169,6 +169,7 @@ def test_code_in_a_checkpoint_does_not_run(name, planted, capsys):
 def test_code_from_a_url_does_not_run(planted, monkeypatch):
     """MMEngine reads these files by loaders of its own."""
     monkeypatch.setenv('TORCH_HOME', 'downloads')
+    monkeypatch.setenv('no_proxy', '*')
     handler = functools.partial(SimpleHTTPRequestHandler, directory=planted.parent)
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

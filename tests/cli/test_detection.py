@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +34,7 @@ from tests.support.detection import (
     with_classes,
 )
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 PATH = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
 
@@ -306,8 +306,5 @@ def assert_python_of_the_page_detects(weights, photo):
 
 
 def in_shell(line, cwd):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    env = {'VIRTUAL_ENV': sys.prefix, **os.environ, 'PORT': port, 'PATH': PATH}
+    env = {'VIRTUAL_ENV': sys.prefix, **os.environ, 'PORT': str(free_port()), 'PATH': PATH}
     return subprocess.run(['bash', '-c', line], cwd=cwd, text=True, stdout=-1, stderr=-2, env=env)

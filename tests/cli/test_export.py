@@ -15,6 +15,7 @@ timm = pytest.importorskip('timm')
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)  # that of a test comes after this
     path = tmp_path_factory.mktemp('run') / 'run.pth'
     network = build_backbone(Config.fromfile(find_config('demo/ser_mocov3')))
     weights = {f'algorithm.backbone.{k}': v for k, v in network.state_dict().items()}

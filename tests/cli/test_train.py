@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from ser_mm.engine import EpochSeedHook
 from tests.support import short_run
 from tests.support.command import run_command
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 CONFIG = ROOT / 'configs' / 'ser_mocov3_vits16.py'
 HANGS = 1800  # seconds, many times what a run takes on two cores
@@ -52,12 +52,8 @@ def train(*args: str, check: bool = True, **kwargs) -> subprocess.CompletedProce
 
 def dist_train(*args: str) -> subprocess.Popen:
     """``tools/dist_train.sh`` on two CPU processes, in a process group of its own."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    env = dict(
-        os.environ, PORT=str(port), PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    )
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    env = dict(os.environ, PORT=str(free_port()), PATH=path)
     env.setdefault('VIRTUAL_ENV', sys.prefix)
     command = ['bash', 'tools/dist_train.sh', CONFIG, '2', *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=-1, stderr=-2)

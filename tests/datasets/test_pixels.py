@@ -118,7 +118,7 @@ def test_orientation_palettes_and_two_levels_are_followed(tmp_path):
 
 def test_of_pages_of_8_bits_the_first_is_read_and_others_are_refused(tmp_path):
     for dtype in (np.uint8, np.uint16):
-        stack = RNG.integers(0, 256, (3, 8, 9)).astype(dtype)
+        stack = np.random.default_rng(0).integers(0, 256, (3, 8, 9)).astype(dtype)
         tifffile.imwrite(tmp_path / 'x.tif', stack, photometric='minisblack')
         content = (tmp_path / 'x.tif').read_bytes()
         if dtype == np.uint8:
@@ -168,7 +168,7 @@ def test_images_of_another_kind_do_not_fit():
 
 
 def test_mean_and_deviation_are_those_of_the_values():
-    images = [1000 * i + RNG.integers(0, 4096, (40, 30, 2)) for i in range(5)]
+    images = [1000 * i + np.random.default_rng(i).integers(0, 4096, (40, 30, 2)) for i in range(5)]
     images = [np.dstack([x, np.full((40, 30), 7)]).astype(np.uint16) for x in images]
     mean, std = measure(images)
     values = np.concatenate(images).reshape(-1, 3).astype(float)

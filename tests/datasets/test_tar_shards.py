@@ -151,7 +151,7 @@ def damage(name, shard):
     elif name == 'it ends in the last image':
         del content[headers[2] + 600 :]
     elif name == 'a header is other bytes':
-        content[headers[1] : headers[1] + 512] = os.urandom(512)
+        content[headers[1] : headers[1] + 512] = np.random.default_rng(0).bytes(512)
     elif name == 'a header is zeros':
         content[headers[1] : headers[1] + 512] = bytes(512)
     elif name == 'two in one file':

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,14 @@ def _quiet(function, *args, group=None):
         if group:
             store, rank, ranks = group
             os.environ['LOCAL_RANK'] = str(rank)
-            dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=ranks)
+            # A rank that is killed before it has connected is waited for.
+            dist.init_process_group(
+                'gloo',
+                f'file://{store}',
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=120),
+            )
         function(*args)
         close_process_group()
     except BaseException:

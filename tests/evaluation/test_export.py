@@ -15,6 +15,7 @@ from mmpretrain.registry import MODELS
 from PIL import Image
 
 from ser_mm.checkpoint import load_backbone
+from ser_mm.engine.configs import find_config
 from ser_mm.evaluation import Embedder
 from ser_mm.evaluation.conversion import to_onnx, to_timm
 from ser_mm.evaluation.export import data_config, export_backbone
@@ -143,7 +144,7 @@ def test_data_config_and_channel_order(to_rgb, tmp_path):
 
 
 def test_data_config_of_other_configs():
-    cfg = Config.fromfile('configs/mocov3_r50.py')
+    cfg = Config.fromfile(find_config('mocov3_r50'))
     data = data_config(cfg, MODELS.build(dict(type='SERResNet', depth=18)))
     assert data['crop_pct'] == 0.875 and data['input_size'] == [3, 224, 224]
     cfg.evaluation.val.pipeline[1].scale = 235

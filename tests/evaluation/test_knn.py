@@ -47,7 +47,7 @@ def test_few_shot_is_that_of_scikit_learn(features):
         expected = float((classifier.predict(v.double().numpy()) == w.numpy()).mean())
         # Rounding in float32 may decide on a vote or two.
         assert result['mean'] == pytest.approx(expected, abs=2.5 / len(v))
-        assert np.ptp(result['top1']) <= 2 / len(v)
+        assert np.ptp(result['top1']) <= 2 / len(v) + 1e-9
 
 
 def apart(sizes):

@@ -341,7 +341,7 @@ def test_a_comparison_that_is_killed_goes_on_and_keeps_what_is_done(data):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 1800
         while not (first / 'last_checkpoint').is_file():
             assert process.poll() is None, (data.parent / 'log').read_text()
             assert time.monotonic() < deadline

@@ -6,6 +6,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
+from tests.support.paths import ROOT
+
 NOBODY = 65534
 
 
@@ -18,6 +22,8 @@ def unprivileged():
         os.chown(folder, NOBODY, NOBODY)
         os.seteuid(NOBODY)
     try:
+        if not all(os.access(x, os.R_OK | os.X_OK, effective_ids=True) for x in (folder, ROOT)):
+            pytest.skip(f'{folder} or {ROOT} is closed to others than root')
         yield folder
     finally:
         if root:
