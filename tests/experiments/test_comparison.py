@@ -7,6 +7,7 @@ import pytest
 from mmengine.config import Config
 
 from ser_mm.engine.configs import find_config
+from ser_mm.evaluation.results import format_mean
 from ser_mm.evaluation.robustness import CORRUPTIONS
 from ser_mm.experiments import measures
 from ser_mm.experiments.comparison import ARMS, _precision, _recipe, arm_config
@@ -287,6 +288,28 @@ def test_a_seed_joins_the_results_in_the_docs(tmp_path):
     after = json.loads(file.read_text())['runs']
     assert [run for run in after if run['seed'] != 99] == before
     assert len(after) == len(before) + 1
+
+
+@pytest.mark.parametrize('folder', ['', 'batches_of_512/'])
+def test_the_page_has_the_tables_of_its_results(folder):
+    file = ROOT / f'docs/results/tiny_imagenet/{folder}mocov3_tiny_imagenet_short.json'
+    figures, *rest = report_comparison(json.loads(file.read_text())).split('\n\n')
+    page = (ROOT / 'docs/results/tiny_imagenet.md').read_text()
+    differences = [table for table in rest if table.startswith('| SER - ')]
+    assert len(differences) == 3
+    assert all(table in page for table in (figures, *differences))
+
+
+def test_readme_has_figures_of_the_page():
+    columns = ['probe', 'probe_turned', 'knn', 'r2', 'matched_turns_last', 'box_map']
+    file = ROOT / 'docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json'
+    by_arm: dict = {}
+    for run in json.loads(file.read_text())['runs']:
+        by_arm.setdefault(run['arm'], []).append(run)
+    text = (ROOT / 'README.md').read_text().replace('**', '')
+    for arm in ('untrained', 'baseline', 'late [CLS]', 'views only', 'SER'):
+        cells = [format_mean([run[key] for run in by_arm[arm]]) for key in columns]
+        assert '| ' + ' | '.join([arm, *cells]) + ' |' in text
 
 
 def test_tables_of_what_is_no_comparison(tmp_path, capsys):

@@ -64,7 +64,7 @@ def assert_starts_from(weights, out, before):
 @pytest.mark.slow
 def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_path):
     out = tmp_path / 'out'
-    whole = command(images, out, '--epochs', 10)
+    whole = command(images, out, '--epochs', 6)
     first = subprocess.Popen(whole, cwd=ROOT)
     while first.poll() is None and not (out / 'run' / 'epoch_1.pth').exists():
         time.sleep(0.05)
@@ -83,11 +83,11 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
     found = json.loads((out / 'figures.json').read_text())
     assert set(found) == {'layers', 'before'} and set(found['before']) == {'layers'}
     assert '| untrained ' in done.stdout and found['layers'] != found['before']['layers']
-    expected = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_10.pth'))
+    expected = Embedder(Config.fromfile(out / 'run.py'), str(out / 'run' / 'epoch_6.pth'))
     assert_loads_elsewhere(out / 'timm', expected)
     # The config is an ordinary one.
     cfg = Config.fromfile(out / 'run.py')
-    assert cfg.model.type == 'SERAlgorithm' and cfg.train_cfg.max_epochs == 10
+    assert cfg.model.type == 'SERAlgorithm' and cfg.train_cfg.max_epochs == 6
 
     told = run_command('pretrain', *command(images, out, '--epochs', 4)[2:])
     assert f'{out} holds a run with other settings' in told and 'another --out' in told
