@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -202,8 +202,22 @@ def _first_conv(network: nn.Module) -> str:
 
 
 def _takes_bgr(cfg: Config, channels: int) -> bool:
-    """Whether the network takes the channels in the order of the files' readers, BGR."""
-    return channels == 3 and not build_preprocessor(cfg).to_rgb
+    """Whether the network takes the channels in the order of the files' readers, BGR.
+
+    Data sets that hold pixels, as CIFAR, have them in RGB, and nothing turns them either.
+    """
+    if channels != 3 or build_preprocessor(cfg).to_rgb:
+        return False
+    places = [cfg.get(x) for x in ('train_dataloader', 'evaluation', 'test_dataloader')]
+    return _loads_files(places) or not any(places)
+
+
+def _loads_files(place: Any) -> bool:
+    """Whether there is a transform that loads files, in a config or below."""
+    if isinstance(place, Mapping):
+        name = str(place.get('type')).rpartition('.')[2]
+        return name.startswith('Load') or _loads_files(list(place.values()))
+    return isinstance(place, list | tuple) and any(map(_loads_files, place))
 
 
 def _take_rgb(conv: nn.Conv2d, cfg: Config) -> None:

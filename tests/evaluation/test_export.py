@@ -143,6 +143,23 @@ def test_data_config_and_channel_order(to_rgb, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['mocov3_cifar10', 'mocov3_stl10'])
+@torch.no_grad()
+def test_channels_of_data_sets_that_hold_pixels_stay(name, tmp_path):
+    """They hold RGB, which nothing turns."""
+    cfg = Config.fromfile(find_config(f'small_images/{name}'))
+    small = dict(arch=BACKBONE['arch'], img_size=32, patch_size=8)
+    cfg.model.backbone.update(small)
+    path, network = checkpoint(cfg, tmp_path)
+    export_backbone(cfg, path, tmp_path / 'timm')
+    exported = load(tmp_path / 'timm')
+    x = images(32, 32)
+    torch.testing.assert_close(exported(x), network(x)[-1], **CLOSE)
+    pixels = cfg.model.data_preprocessor
+    mean = timm.data.resolve_model_data_config(exported)['mean']
+    assert mean == pytest.approx([value / 255 for value in pixels.mean], abs=1e-6)
+
+
 def test_data_config_of_other_configs():
     cfg = Config.fromfile(find_config('mocov3_r50'))
     data = data_config(cfg, MODELS.build(dict(type='SERResNet', depth=18)))
