@@ -12,6 +12,7 @@ from mmpretrain.datasets import BaseDataset
 from mmpretrain.registry import DATASETS
 
 from ser_mm.arguments import ModuleCfg, Name, Natural, Positive, checked, filled
+from ser_mm.datasets.tar_shards import file_of
 from ser_mm.files import locked, replacing
 from ser_mm.progress import tell_progress
 
@@ -190,7 +191,7 @@ def _stamp(info: dict) -> bytes:
         return hashlib.blake2b(np.ascontiguousarray(info['img']).data, digest_size=8).digest()
     path = str(info.get('img_path'))
     try:
-        status = os.stat(path)
+        status = os.stat(file_of(path))
     except OSError:  # in a remote store, or missing
-        return path.encode()
-    return f'{path} {status.st_size} {status.st_mtime_ns}'.encode()
+        return os.fsencode(path)
+    return os.fsencode(f'{path} {status.st_size} {status.st_mtime_ns}')

@@ -149,18 +149,29 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
         for name in names
         if name in folders
     }
-    above = (os.path.realpath(root),)
-    # A class may be called train, as a car is: then others are beside it.
-    if not ({'train', 'val'} & set(found)) or any(
-        next(_walk(folder, suffixes, above), None) for folder in folders.values()
-    ):
+    both = {'train', 'val'} <= set(found)
+    if not {'train', 'val'} & set(found):
         return root, False
+    above = (os.path.realpath(root),)
+    others = [
+        name for name, folder in folders.items() if next(_walk(folder, suffixes, above), None)
+    ]
+    # One class may be called train: then others are beside it. No two are called train and val.
+    if others and not both:
+        return root, False
+    if others:
+        print_log(
+            f'{root} has the folders train and val; images of {", ".join(others)} beside them are '
+            'left out.',
+            'current',
+            30,
+        )
     if split == 'train' and 'train' not in found:
         raise FileNotFoundError(
             f'{root} has the folder {found["val"].name}, but no folder train beside it; give '
             'the images to train on.'
         )
-    return found.get(split) or found['train'], len({'train', 'val'} & set(found)) == 2
+    return found.get(split) or found['train'], both
 
 
 def class_folders(place: Path, suffixes: Sequence[str] = SUFFIXES) -> set[str]:
@@ -349,8 +360,13 @@ def _scan(folder: str | Path) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if not entry.name.startswith('.'):
-                    found[not entry.is_dir()].append(entry)
+                if entry.name.startswith('.'):
+                    continue
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself, or into a folder that cannot be read
+                    is_folder = False
+                found[not is_folder].append(entry)
     except PermissionError as error:
         raise PermissionError(
             f'{folder} cannot be read: permission denied; it needs permission to read and to '

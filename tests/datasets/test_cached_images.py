@@ -2,8 +2,10 @@
 
 import copy
 import multiprocessing
+import os
 import pickle
 import shutil
+import tarfile
 import time
 
 import numpy as np
@@ -117,6 +119,24 @@ def test_a_changed_folder_is_noticed(change, photos, tmp_path):
     second = build(photos, tmp_path)
     check_same(second, directly(photos))
     assert list((tmp_path / 'kept').iterdir()) == [second.file] and second.file != first.file
+
+
+def test_another_archive_of_the_same_name_is_noticed(tmp_path):
+    archive = tmp_path / 'photos.tar'
+    for number, colour in enumerate(('red', 'blue')):
+        with tarfile.open(archive, 'w') as tar:
+            # Files without compression have one size, and so one place in the archive.
+            Image.new('RGB', (32, 32), colour).save(tmp_path / 'a.bmp')
+            tar.add(tmp_path / 'a.bmp', 'x/a.bmp')
+        os.utime(archive, ns=(number, number))
+        found = build(archive, tmp_path)[0]['inputs']
+        assert found[:, 0, 0].tolist() == [255 * (c == colour) for c in ('blue', '', 'red')]
+
+
+def test_names_that_are_not_utf_8(photos, tmp_path):
+    path = sorted((photos / 'n00000001').iterdir())[1]
+    os.rename(path, os.fsencode(path.parent) + b'/b\xe4r.JPEG')
+    check_same(build(photos, tmp_path), directly(photos))
 
 
 def test_unreadable_images_are_left_out(photos, tmp_path):

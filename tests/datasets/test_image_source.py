@@ -96,6 +96,21 @@ def test_links(tmp_path):
     assert names(data, with_label=True) == {'a/1.png': 0, 'b/1.png': 1}
 
 
+def test_what_lies_beside_train_and_val_is_left_out(tmp_path):
+    """It made classes called train and val, and validation images were trained on."""
+    write_images(tmp_path, 'train/cat/1.png', 'val/cat/2.png', 'figures/logo.png')
+    assert list(names(tmp_path)) == ['train/cat/1.png']
+    assert list(names(tmp_path, split='val')) == ['val/cat/2.png']
+    write_images(tmp_path / 'one', 'train/1.png', 'car/2.png')
+    assert names(tmp_path / 'one', with_label=True) == {'car/2.png': 0, 'train/1.png': 1}
+
+
+def test_a_link_to_itself_is_passed_over(tmp_path):
+    write_images(tmp_path, 'a/1.png')
+    (tmp_path / 'a' / 'self').symlink_to('self')
+    assert list(names(tmp_path)) == ['a/1.png']
+
+
 def refusals(tmp_path):
     write_images(tmp_path, 'flat/1.png', 'valonly/val/1.png')
     (tmp_path / 'empty').mkdir()
