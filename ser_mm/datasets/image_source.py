@@ -32,9 +32,9 @@ class ImageSource(CustomDataset):
     """Images of a folder, of its sub-folders, or of a list.
 
     A folder is searched with its sub-folders, also behind links; hidden files are passed over. If
-    its sub-folders are ``train`` and ``val`` (or ``valid``, ``validation``; ``test`` may be beside
-    them), the split takes one of them. The label of an image is the number of the first folder
-    on its way, in alphabetical order of those that hold images.
+    its sub-folders are ``train`` and ``val`` (or ``valid``, ``validation``), the split takes one of
+    them, and what is beside them is left out. The label of an image is the number of the first
+    folder on its way, in alphabetical order of those that hold images.
 
     A list is a text file with a line ``PATH`` or ``PATH LABEL`` for each image. Paths are relative
     to its folder, labels count from 0.
