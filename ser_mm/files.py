@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, that may be damaged, or that are in use."""
 
+import ctypes
 import hashlib
 import os
 import re
@@ -35,12 +36,12 @@ def replacing(file: str | Path) -> Iterator[Path]:
     error. What killed processes left in the folder is removed.
 
     Args:
-        file (str | Path): File to write; its folder is made if it is not there.
+        file (str | Path): File to write, or a link to it; its folder is made if it is not there.
 
     Yields:
         Path: Where to write, in the same folder and with the same suffix.
     """
-    file = Path(file)
+    file = Path(os.path.realpath(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_parts(file.parent)
     part = file.with_name(f'.{file.stem}.{uuid.uuid4().hex}.part{file.suffix}')
@@ -60,34 +61,47 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Write a folder whole or not at all.
 
     What was written gets the name of the folder at the end of the context, if that ends without an
-    error, and what had that name before is removed.
+    error, and what had that name before is removed. Where the file system can exchange two names,
+    as those of Linux do, a folder has that name at any moment. What killed processes left is
+    removed.
 
     Args:
-        folder (str | Path): Folder to write; the one that it is in is made if it is not there.
+        folder (str | Path): Folder to write, or a link to it; the one that it is in is made if it
+            is not there.
 
     Yields:
         Path: Where to write, an empty folder beside it.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_parts(folder.parent)
     part, old = (folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.part') for _ in range(2))
+    lock = _lock(part, wait=True, is_folder=True)
     try:
-        part.mkdir()
         yield part
         for file in part.iterdir():
             with open(file, 'rb') as written:
                 os.fsync(written.fileno())
-        if folder.exists():
-            os.rename(folder, old)
-        try:
-            os.rename(part, folder)
-        except BaseException:
-            if old.exists():
-                os.rename(old, folder)
-            raise
+        if not (folder.exists() and _exchange(part, folder)):
+            if folder.exists():
+                os.rename(folder, old)
+            try:
+                os.rename(part, folder)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
     finally:
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change their names at once, if system and file system can."""
+    rename = getattr(ctypes.CDLL(None), 'renameat2', None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(rename) and not rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -190,10 +204,12 @@ def locked(file: str | Path, what: str, wait: bool = False) -> Iterator[int]:
         os.close(lock)
 
 
-def _lock(file: Path, wait: bool = False) -> int:
+def _lock(file: Path, wait: bool = False, is_folder: bool = False) -> int:
     """A descriptor of a locked file, made if it is not there; BlockingIOError if it is taken."""
     while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if is_folder:
+            file.mkdir(exist_ok=True)
+        lock = os.open(file, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -227,14 +243,15 @@ def _is_alive(pid: int) -> bool:
 
 
 def _remove_left_parts(folder: Path) -> None:
-    """Remove files that no process is writing any more."""
+    """Remove files and folders that no process is writing any more."""
     for entry in os.scandir(folder):
         if not fcntl or not _PART.fullmatch(entry.name):
             continue
         with suppress(OSError):  # another removes it, or it is being written
-            lock = os.open(entry.path, os.O_RDWR)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            lock = os.open(entry.path, os.O_RDONLY if is_folder else os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry.path)
+                (shutil.rmtree if is_folder else os.unlink)(entry.path)
             finally:
                 os.close(lock)

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from ser_mm import files
 from ser_mm.datasets import write_bundled_digits, write_bundled_photos
 from ser_mm.files import locked, read_kept, replacing, replacing_folder, write_text
 from ser_mm.visualization import draw_curves
@@ -34,6 +35,12 @@ spec.loader.exec_module(files)
 WRITE = f"""{LOAD}
 with files.replacing(sys.argv[1]) as part:
     part.write_text('half')
+    print(part, flush=True)
+    input()
+"""
+WRITE_FOLDER = f"""{LOAD}
+with files.replacing_folder(sys.argv[1]) as part:
+    (part / 'half.txt').write_text('half')
     print(part, flush=True)
     input()
 """
@@ -153,6 +160,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
             (part / f'{text}.txt').write_text(text)
             assert not (folder / f'{text}.txt').exists()
     assert [x.name for x in folder.iterdir()] == ['new.txt']
+    monkeypatch.setattr(files, '_exchange', lambda one, other: False)  # another system
     rename = os.rename
 
     def fail_in_the_middle(source, target):
@@ -165,3 +173,48 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         (part / 'late.txt').write_text('late')
     assert [x.name for x in folder.iterdir()] == ['new.txt']
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_has_its_name_at_any_moment(tmp_path, monkeypatch):
+    """A kill between two renames left it under a hidden name."""
+    folder = tmp_path / 'folder'
+    with replacing_folder(folder) as part:
+        (part / 'old.txt').write_text('old')
+    with replacing_folder(tmp_path / 'other') as part:
+        (part / 'other.txt').write_text('other')
+    if not files._exchange(folder, tmp_path / 'other'):
+        pytest.skip('this file system cannot exchange names')
+    assert [x.name for x in folder.iterdir()] == ['other.txt']
+
+    def moved(*_):
+        raise AssertionError('there is a moment without it')
+
+    monkeypatch.setattr(os, 'rename', moved)
+    with replacing_folder(folder) as part:
+        (part / 'new.txt').write_text('new')
+    assert [x.name for x in folder.iterdir()] == ['new.txt']
+    assert sorted(x.name for x in tmp_path.iterdir()) == ['folder', 'other']
+
+
+def test_folders_that_a_killed_process_left_are_removed(tmp_path):
+    killed, living = (start(WRITE_FOLDER, tmp_path / name) for name in 'ab')
+    killed.kill()
+    killed.wait()
+    with replacing_folder(tmp_path / 'c') as part:
+        (part / 'text').write_text('text')
+    assert {str(x) for x in tmp_path.iterdir()} == {living.first, str(tmp_path / 'c')}
+    living.communicate('go on\n')
+    assert living.returncode == 0 and (tmp_path / 'b' / 'half.txt').read_text() == 'half'
+
+
+def test_a_link_stays_a_link_to_what_is_written(tmp_path):
+    disk = tmp_path / 'disk'
+    for name in ('folder', 'file'):
+        (tmp_path / name).symlink_to(disk / name)
+    for text in ('first', 'second'):
+        write_text(tmp_path / 'file', text)
+        with replacing_folder(tmp_path / 'folder') as part:
+            (part / text).write_text(text)
+        assert (tmp_path / 'file').is_symlink() and (disk / 'file').read_text() == text
+        assert (tmp_path / 'folder').is_symlink()
+        assert [x.name for x in (disk / 'folder').iterdir()] == [text]

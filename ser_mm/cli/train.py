@@ -145,15 +145,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
             )
         cfg.auto_scale_lr.enable = True
-    needed = ['EquivariantSplitHook', 'ResumeHook'] if _takes_views(cfg.model) else ['ResumeHook']
-    if (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1) > 1:
-        needed.append('MomentumUpdateHook')
-    if _makes_views(cfg):  # from torch's generator, which is to differ by rank and epoch
-        needed.append('EpochSeedHook')
-    needed += ['CompileHook'] * args.compile
-    hooks = list(cfg.get('custom_hooks') or [])
-    missing = [name for name in needed if name not in str(hooks)]
-    cfg.custom_hooks = [*hooks, *(dict(type=f'mmpretrain.{name}') for name in missing)]
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 
@@ -170,6 +161,25 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             loader.pin_memory = False
         if args.no_persistent_workers or not loader.get('num_workers'):
             loader.persistent_workers = False
+    needed = ['EquivariantSplitHook', 'ResumeHook'] if _takes_views(cfg.model) else ['ResumeHook']
+    if (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1) > 1:
+        needed.append('MomentumUpdateHook')
+    if _makes_views(cfg):  # from torch's generator, which is to differ by rank and epoch
+        needed.append('EpochSeedHook')
+    if _starts_workers_anew(cfg.get('train_dataloader') or {}):
+        # MMEngine would give them the same seeds in every epoch.
+        cfg.train_dataloader.worker_init_fn = dict(type='keep_worker_seed')
+        needed.append('EpochSeedHook')
+    needed += ['CompileHook'] * args.compile
+    hooks = list(cfg.get('custom_hooks') or [])
+    missing = [name for name in needed if name not in str(hooks)]
+    cfg.custom_hooks = [*hooks, *(dict(type=f'mmpretrain.{name}') for name in missing)]
+
+
+def _starts_workers_anew(loader: Mapping) -> bool:
+    """Whether processes start to read images in every epoch, and nothing says how to seed them."""
+    persistent = loader.get('persistent_workers')
+    return bool(loader.get('num_workers')) and not persistent and 'worker_init_fn' not in loader
 
 
 def _takes_views(model: dict) -> bool:

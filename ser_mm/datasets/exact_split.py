@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ser_mm.datasets.transforms import EquivariantViewPipeline
@@ -45,7 +46,17 @@ class ExactSplit:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        # In memory that workers share, as those that stay for all epochs hold a copy of the rest.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 0."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch.fill_(value)
 
     def count(self, batch_size: int) -> int:
         """Images of b2 in a global batch, from the batch size of a rank."""

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from mmpretrain.registry import MODELS
+from mmpretrain.registry import HOOKS, MODELS
 
 from ser_mm.cli._arguments import set_local_rank
 from ser_mm.cli.train import main as train_main
@@ -137,6 +137,39 @@ def test_epochs_and_workers_draw_different_views(imagenet_tree):
     first, second, again = epoch(0), epoch(1), epoch(0)
     assert torch.equal(first, again)
     assert not (first == second).flatten(1).all(1).any()
+
+
+def test_workers_that_start_anew_draw_other_views_in_each_epoch(imagenet_tree):
+    """By --no-persistent-workers, those of a config that says nothing of seeds drew the same."""
+    dataset = dict(
+        type='CustomDataset',
+        data_root=str(imagenet_tree),
+        with_label=False,
+        pipeline=[
+            dict(type='LoadReadableImage'),
+            dict(type='RandomResizedCrop', scale=32),
+            dict(type='PackInputs'),
+        ],
+    )
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    loader = dict(batch_size=4, num_workers=2, sampler=sampler, dataset=dataset)
+    content = dict(default_scope='mmpretrain', model=dict(type='MoCoV3'), train_dataloader=loader)
+    cfg = Config(content)
+    merge_args(cfg, parse_args(['config.py', '--no-persistent-workers']))
+    init_default_scope('mmpretrain')
+    batches = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    epochs = []
+    for epoch in range(2):
+        state = type('Run', (), dict(seed=0, epoch=epoch, train_loop=None))()
+        for hook in cfg.custom_hooks:
+            if 'EpochSeedHook' in hook.type:
+                HOOKS.build(hook).before_train_epoch(state)
+        epochs.append(torch.cat([batch['inputs'] for batch in batches]))
+    assert not (epochs[0] == epochs[1]).flatten(1).all(1).any()
+    # What stays, reads nothing beside the run, or has its own seeds, is left as it is.
+    for change in (dict(persistent_workers=True), dict(num_workers=0), dict(worker_init_fn={})):
+        added = hooks_of(**{**content, 'train_dataloader': {**loader, **change}})
+        assert 'EpochSeedHook' not in added, change
 
 
 @pytest.mark.slow

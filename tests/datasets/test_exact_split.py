@@ -85,6 +85,25 @@ def test_workers_do_not_matter(folder, workers, persistent):
     assert records(alone, 2) == records(helped, 2)
 
 
+def test_workers_that_stay_learn_of_the_epoch(folder):
+    """With a sampler that does not shuffle, the images of b2 were those of the first epoch."""
+    drawn = []
+    for workers in (0, 2):
+        batches = loader(
+            dataset(folder, 1 / 8),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            shuffle=False,
+        )
+        split = split_batches(batches, seed=3)
+        drawn.append([])
+        for epoch in range(2):
+            split.epoch = epoch
+            drawn[-1].append(records(batches))
+    alone, helped = drawn
+    assert alone == helped and alone[0] != alone[1]
+
+
 @pytest.mark.parametrize('world_size', [1, 2, 3, 8])
 @pytest.mark.parametrize('equi_ratio', [0.01, 1 / 16, 0.3, 1])
 def test_the_global_count_is_dealt_over_the_ranks_to_within_one(world_size, equi_ratio):
