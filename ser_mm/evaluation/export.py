@@ -42,8 +42,8 @@ def export_backbone(
             :func:`~ser_mm.evaluation.build_backbone`.
         checkpoint (str): Path or URL of its weights; it is read as data.
         out (str | Path): For timm a folder, with weights, mean, std and image size, a model card
-            and, for a ViT with a late [CLS], the module ``ser_vit.py``. Otherwise a file. An
-            earlier export is replaced.
+            and, for a ViT with a late [CLS], the module ``ser_vit.py``; an earlier export is
+            replaced. Otherwise a file that is not there yet.
         to (str): 'timm'; 'mmpretrain', for its own class, which needs no module of this package;
             'torchvision', for a ResNet; or 'onnx', for any backbone: a program that takes any
             number of images of one size, and has what timm calls the data config as JSON in its
@@ -163,14 +163,16 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
     }
     crop = found.get('CenterCrop', {}).get('crop_size')
     height, width = getattr(backbone, 'img_size', None) or _pair(crop or 224)
-    resize = found.get('ResizeEdge', {})
+    resize = found.get('ResizeEdge') or found.get('Resize') or {}
+    squashes = 'Resize' in found and bool(resize.get('scale')) and not resize.get('keep_ratio')
     share, edge = 1.0, resize.get('scale')
-    if crop and edge and resize.get('edge', 'short') == 'short':
-        size = min(_pair(crop))
+    if crop and edge and (squashes or resize.get('edge', 'short') == 'short'):
+        size, edge = min(_pair(crop)), min(_pair(edge))
         share = size / edge
         if math.floor(size / share) != edge:  # as timm gets the edge from it
             share = size / (edge + 0.5)
-    mode = resize.get('interpolation', 'bicubic')
+    # Without one MMPretrain's transforms are bilinear; where nothing is resized, timm may choose.
+    mode = resize.get('interpolation', 'bilinear' if resize else 'bicubic')
     return dict(
         input_size=[channels, height, width],
         # As float32 knows them; a mean of values of 32 bits may be many deviations.
@@ -178,7 +180,7 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
         std=[float(f'{x:.7g}') for x in std.tolist()],
         interpolation=mode if mode in ('nearest', 'bilinear', 'bicubic', 'lanczos') else 'bicubic',
         crop_pct=share,
-        crop_mode='center',
+        crop_mode='squash' if squashes else 'center',
     )
 
 
@@ -231,8 +233,10 @@ def _check_place(out: Path, to: str, checkpoint: str) -> None:
     if to != 'timm':
         if out.is_dir():
             raise FileExistsError(f'{out} is a folder; name a file for an export to {to}.')
-        if out.exists() and os.path.exists(checkpoint) and os.path.samefile(out, checkpoint):
-            raise FileExistsError(f'{out} is the checkpoint itself; name another file.')
+        if out.exists():  # a file of weights does not tell whose they are
+            if os.path.exists(checkpoint) and os.path.samefile(out, checkpoint):
+                raise FileExistsError(f'{out} is the checkpoint itself; name another file.')
+            raise FileExistsError(f'{out} is there already; remove it, or name another file.')
         return
     if not out.exists():
         return

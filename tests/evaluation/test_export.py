@@ -11,7 +11,7 @@ import timm
 import torch
 from mmengine.config import Config
 from mmpretrain.models import ResNet, VisionTransformer
-from mmpretrain.registry import MODELS
+from mmpretrain.registry import MODELS, TRANSFORMS
 from PIL import Image
 
 from ser_mm.checkpoint import load_backbone
@@ -169,7 +169,49 @@ def test_data_config_of_other_configs():
     assert int(224 / pct) == 235
     cfg = config(dict(), mean=None, std=None)
     data = data_config(cfg, MODELS.build(VIT))
+    assert data['crop_mode'] == 'center' and data['crop_pct'] == 0.8
     assert data['mean'] == [0, 0, 0] and data['std'] == pytest.approx([1 / 255] * 3)
+
+
+RESIZES = {
+    'ResizeEdge': (dict(type='ResizeEdge', scale=40, backend='pillow'), 'bilinear'),
+    'FastResizeEdge': (dict(type='FastResizeEdge', scale=40, interpolation='bicubic'), 'bicubic'),
+    'Resize': (dict(type='Resize', scale=(32, 32), backend='pillow'), 'bilinear'),
+    'Resize to more': (
+        dict(type='Resize', scale=(40, 40), backend='pillow', interpolation='bicubic'),
+        'bicubic',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', RESIZES)
+def test_timm_resizes_as_the_config_does(name):
+    """A filter that is not named is bilinear, and Resize does not keep the ratio of the sides."""
+    resize, mode = RESIZES[name]
+    cfg = config(dict())
+    cfg.evaluation.val.pipeline[1] = resize
+    data = data_config(cfg, MODELS.build(VIT))
+    assert data['interpolation'] == mode
+    smooth = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
+    ours = dict(img=smooth)
+    for transform in cfg.evaluation.val.pipeline[1:3]:
+        ours = TRANSFORMS.build(transform)(ours)
+    prepare = timm.data.create_transform(**data)
+    theirs = prepare(Image.fromarray(smooth)) * torch.tensor(data['std']).view(3, 1, 1)
+    theirs = 255 * (theirs + torch.tensor(data['mean']).view(3, 1, 1))
+    # Both round to whole values, in two passes; where one squashed and the other did not, or cut
+    # other edges off, the columns were tens apart.
+    assert np.abs(ours['img'] - theirs.permute(1, 2, 0).numpy()).max() < 2.5
+
+
+@pytest.mark.parametrize('to', ['mmpretrain', 'torchvision', 'onnx'])
+def test_a_file_that_is_there_is_left_alone(to, tmp_path):
+    """A checkpoint of another run was replaced, in silence."""
+    (tmp_path / 'epoch_100.pth').write_text('weeks of work')
+    cfg = config(dict(type='SERResNet', depth=18))
+    with pytest.raises(FileExistsError, match='epoch_100.pth is there already; remove it, or'):
+        export_backbone(cfg, 'run.pth', tmp_path / 'epoch_100.pth', to)
+    assert (tmp_path / 'epoch_100.pth').read_text() == 'weeks of work'
 
 
 VIT_FOR_SER = dict(ser_layer=2, cls_layer=0, stop_grad_conv1=True)
