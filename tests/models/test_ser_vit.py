@@ -8,6 +8,7 @@ import torch
 from mmpretrain.models.backbones import VisionTransformer
 from torch import nn
 
+from ser_mm.checkpoint import load_backbone
 from ser_mm.models import SERVisionTransformer
 from tests.support import reference
 from tests.support.algorithms import BACKBONE, EMBED_DIMS, IMAGE, PATCH, two_views
@@ -204,6 +205,14 @@ def test_positions_are_resized_on_load(cls_layer, old, new, float64_positions):
     x = images(1, 48, 48)
     if old == new:
         assert torch.equal(saved.eval()(x)[0], loaded.eval()(x)[0])
+
+
+@pytest.mark.parametrize('cls_layer', [0, 2])
+def test_positions_of_no_square_are_refused_by_their_shape(cls_layer, tmp_path):
+    """By a bare AssertionError of MMPretrain."""
+    torch.save(vit(img_size=(40, 16), cls_layer=cls_layer).state_dict(), tmp_path / 'oblong.pth')
+    with pytest.raises(ValueError, match='(?s)does not fit SERVisionTransformer; use the backbone'):
+        load_backbone(vit(cls_layer=cls_layer), str(tmp_path / 'oblong.pth'))
 
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

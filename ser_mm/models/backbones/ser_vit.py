@@ -57,7 +57,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
 
     Parameters are named and shaped as in ``VisionTransformer``. With ``cls_layer > 0`` the [CLS]
     token has no position, so ``pos_embed`` has one entry less, and the checkpoint holds
-    ``cls_after``, by which a network that inserts the token elsewhere refuses it.
+    ``cls_after``, by which a network that inserts the token elsewhere refuses it. Positions of a
+    checkpoint are resized; as it does not tell their rows and columns, they are taken for those of
+    this network where there are as many, and otherwise for those of a square.
 
     Args:
         arch (str | dict): Architecture, see ``VisionTransformer``. Defaults to 'deit-small'
@@ -220,7 +222,7 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
     def _prepare_pos_embed(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         """Before loading: refuse a [CLS] token inserted elsewhere, and resize the positions."""
         name = f'{prefix}pos_embed'
-        if name not in state_dict:
+        if name not in state_dict or state_dict[name].ndim != 3:
             return
         cls_after = int(state_dict.get(f'{prefix}cls_after', 0))
         if cls_after != self.cls_layer:
@@ -228,10 +230,13 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
                 f'{type(self).__name__}: the checkpoint inserts [CLS] after block {cls_after}, '
                 f'this backbone after block {self.cls_layer}; set cls_layer={cls_after}.'
             )
-        if self.cls_layer == 0 and self.pos_resize == 'mmpretrain':
-            super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
-        elif state_dict[name].shape != self.pos_embed.shape:
-            side = int((state_dict[name].shape[1] - self._extra_positions) ** 0.5)
+        one_more = state_dict[name].shape[1] == self.pos_embed.shape[1] + 1
+        if self.cls_token is None and one_more:  # that of [CLS], left out as MMPretrain does
+            state_dict[name] = state_dict[name][:, 1:]
+        count = state_dict[name].shape[1] - self._extra_positions
+        side = math.isqrt(max(count, 0))
+        # What is no square, strict loading refuses by its shape.
+        if count != math.prod(self.patch_resolution) and side * side == count > 0:
             state_dict[name] = self._resize(state_dict[name], (side, side), self.patch_resolution)
 
     @property
