@@ -3,7 +3,9 @@
 import ctypes
 import math
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -343,13 +345,26 @@ def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> lis
     train = [sys.executable, '-m']
     if gpus:
         train += ['torch.distributed.run', f'--nproc_per_node={gpus}']
-        train += [f'--master_port={variables["PORT"]}', '-m']
+        train += [f'--master_port={variables.get("PORT") or _free_port()}', '-m']
     train += ['ser_mm.cli.train', f'{cfg.work_dir}.py', '--work-dir', cfg.work_dir, '--resume']
     return [*train, '--launcher', 'pytorch'] if gpus else train
 
 
+def _free_port() -> int:
+    """A port that nothing listens on, of those that Linux gives to nobody who asks for any."""
+    draw = random.SystemRandom()  # two processes may have one seed
+    while True:
+        port = draw.randrange(20000, 32000)
+        with socket.socket() as tried:
+            try:
+                tried.bind(('', port))
+            except OSError:
+                continue
+            return port
+
+
 def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[str, str]:
-    """Cores, GPUs and port of the runs that take turns in a slot."""
+    """Cores and GPUs, and the port where one is set, of the runs that take turns in a slot."""
     threads = max(1, count_cores() // (jobs * (gpus or 1) + beside))
     own = dict(OMP_NUM_THREADS=str(threads))
     # By default a thread that waits for the others keeps its core busy. Where cores are shared,
@@ -357,8 +372,8 @@ def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[st
     own['OMP_WAIT_POLICY'] = os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')
     if (ROOT / 'pyproject.toml').is_file():  # a checkout, which need not be installed
         own['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    if gpus:
-        own['PORT'] = str(int(os.environ.get('PORT', 29500)) + slot)
+    if gpus and os.environ.get('PORT'):
+        own['PORT'] = str(int(os.environ['PORT']) + slot)
     if torch.cuda.is_available():
         visible = os.environ.get('CUDA_VISIBLE_DEVICES')
         count = torch.cuda.device_count()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from ser_mm.engine.configs import find_config
 from ser_mm.experiments.sweeps import costs, load_base, points, report_sweep, run_config
 from tests.support.command import run_command
 from tests.support.paths import ROOT
-from tests.support.ports import free_port
 
 
 def folders(sweep, values=None, config='demo/ser_mocov3', **cfg_options):
@@ -211,10 +211,15 @@ def test_a_killed_sweep_leaves_no_process_and_no_second_one_starts_beside_it(
         args[1:1] = ['--gpus', gpus]
     command = [sys.executable, '-m', 'ser_mm.cli.ablate', *map(str, args)]
     logs = [tmp_path / 'mocov3' / 'seed3' / f'{name}.log' for name in ('ser_layer=1', 'SER')]
-    port = dict(os.environ, PORT=str(free_port()))
+    # Each of two runs finds a port, also where another run has the first of torchrun.
+    other = socket.socket()
+    request.addfinalizer(other.close)
+    with suppress(OSError):  # one has it already
+        other.bind(('', 29500))
+    env = {name: value for name, value in os.environ.items() if name != 'PORT'}
 
     def start(until):
-        sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=port)
+        sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=env)
         request.addfinalizer(sweep.kill)
         while sweep.poll() is None and not all(
             log.exists() and until in log.read_text() for log in logs
