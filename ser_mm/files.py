@@ -101,7 +101,9 @@ def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change their names at once, if system and file system can."""
     rename = getattr(ctypes.CDLL(None), 'renameat2', None)
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-    return bool(rename) and not rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    if rename is None:
+        return False
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -1,5 +1,7 @@
 """The config of a pretraining: a shipped one, fitted to images, a backbone and a machine."""
 
+import hashlib
+import os
 from collections.abc import MutableMapping
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +12,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS, MODELS
 
+from ser_mm.datasets.tar_shards import file_of
 from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.images import use_images
@@ -65,7 +68,8 @@ def pretraining_config(
 
     Views, optimizer, schedules and losses are those of the shipped config. The learning rate is in
     proportion to the batch; ``equi_ratio`` is the paper's 0.01, or what gives two images in b2.
-    Where ``out`` holds a run, what nobody asked for stays as it is there.
+    Where ``out`` holds a run, what nobody asked for stays as it is there; that the images have
+    changed meanwhile is told.
 
     Args:
         data (str | Path): Folder or list of images, see :class:`~ser_mm.datasets.ImageSource`.
@@ -129,12 +133,21 @@ def pretraining_config(
             for place in (cfg, cfg.model.algorithm):
                 place.data_preprocessor.update(_pixels_of_timm(cfg))
     evaluation = cfg.evaluation
-    if evaluation.val.with_label and len(list_images(evaluation.train).metainfo['classes']) < 2:
+    if evaluation.val.with_label and not _tells_classes_apart(evaluation):
         for dataset in evaluation.values():
             dataset.with_label = False
     for dataset in (cfg.train_dataloader.dataset, *evaluation.values()):
         _resize(dataset.pipeline, image_size)
 
+    inputs = dict(images=len(train), names=_digest(train))
+    if kept and kept.get('inputs', inputs)['names'] != inputs['names']:
+        print(
+            f'{data} has other images ({len(train)}) than when the run in {out} began '
+            f'({kept.inputs["images"]}); that run is not begun anew. Choose another --out for one '
+            'of these images.'
+        )
+    if not kept or 'inputs' in kept:
+        cfg.inputs = kept.get('inputs', inputs)
     ranks = processes(devices) or 1
     count = len(train)
     batch = batch_size or before.get('batch_size', 0) * ranks or choose_batch_size(count, ranks)
@@ -155,6 +168,24 @@ def pretraining_config(
         interval = kept.default_hooks.logger.interval
     cfg.default_hooks.logger.interval = interval
     return cfg
+
+
+def _tells_classes_apart(evaluation: ConfigDict) -> bool:
+    """Whether sub-folders are classes, with images to train on and to validate."""
+    try:
+        list_images(evaluation.val)
+    except ValueError:  # each holds one image
+        return False
+    return len(list_images(evaluation.train).metainfo['classes']) > 1
+
+
+def _digest(images: Any) -> str:
+    """Of the paths of all images, and the sizes of some."""
+    files = [images.get_data_info(i)['img_path'] for i in range(len(images))]
+    some = [file_of(files[i]) for i in spaced_indices(len(files), MEASURED)]
+    # Not when they were changed, which a copy may be without.
+    sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in some]
+    return hashlib.sha256(repr((files, sizes)).encode(errors='surrogateescape')).hexdigest()
 
 
 def _start(model: str, method: str, image_size: int) -> Config:

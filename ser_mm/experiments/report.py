@@ -1,7 +1,6 @@
 """What a pretrained backbone has learned, on one page: figures and pictures."""
 
 import html
-import io
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine import fileio
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 from mmpretrain.registry import TRANSFORMS
@@ -100,20 +98,13 @@ def _measure(cfg: Config, checkpoint: str | None, images: Tensor) -> dict[str, A
 
 
 def _thumbnail(file: str, load: BaseTransform) -> Image.Image:
+    pixels = load(dict(img_path=file))['img']
+    pixels = pixels.clip(0, 255).astype(np.uint8)
     if isinstance(load, LoadChannels):
-        pixels = load(dict(img_path=file))['img'].clip(0, 255).astype(np.uint8)
         # As restore_images shows them.
         pixels = pixels[..., :3] if load.channels > 2 else pixels[..., :1].repeat(3, axis=2)
-        small = Image.fromarray(pixels[..., ::-1] if load.channels == 3 else pixels)
-        small.thumbnail((128, 128))
-        return small
-    with Image.open(io.BytesIO(fileio.get(file))) as image:
-        image.draft('RGB', (256, 256))
-        if image.mode[0] in 'IF':  # more than 8 bits, which would be cut off
-            pixels = np.asarray(image, np.float64)
-            low, high = pixels.min(), pixels.max()
-            image = Image.fromarray(np.uint8(255 * (pixels - low) / ((high - low) or 1)))
-        small = image.convert('RGB')
+    has_bgr = not isinstance(load, LoadChannels) or load.channels == 3
+    small = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1] if has_bgr else pixels))
     small.thumbnail((128, 128))
     return small
 

@@ -11,7 +11,12 @@ from safetensors.torch import save_file
 from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.conversion import to_timm
 from ser_mm.evaluation.data import build_preprocessor
-from ser_mm.experiments.recipes import BACKBONES, choose_batch_size, pretraining_config
+from ser_mm.experiments.recipes import (
+    BACKBONES,
+    choose_batch_size,
+    list_images,
+    pretraining_config,
+)
 from tests.support.foreign import FOREIGN
 
 
@@ -141,6 +146,49 @@ def test_a_run_goes_on_when_images_are_removed(images, tmp_path):
         cfg.train_dataloader.dataset.pop('data_root')
         cfg.pop('evaluation'), cfg.pop('test_dataloader')
     assert again.to_dict() == first.to_dict()
+
+
+def test_other_images_in_the_folder_of_a_run_are_told(images, tmp_path, capsys):
+    """The network of the images before was exported for that of these, in silence."""
+    data = tmp_path / 'data'
+    shutil.copytree(images, data)
+    (tmp_path / 'out').mkdir()
+    run = tmp_path / 'out' / 'run.py'
+    run.write_text(config(data, tmp_path).pretty_text)
+    for file in data.iterdir():  # copied again
+        shutil.copyfile(images / file.name, file)
+    assert config(data, tmp_path).pretty_text == run.read_text()
+    assert not capsys.readouterr().out
+    shutil.copy(images / '1.jpg', data / '0.jpg')
+    (data / 'more.jpg').write_bytes((images / '1.jpg').read_bytes())
+    for _ in range(2):
+        changed = config(data, tmp_path)
+        told = capsys.readouterr().out
+        assert (
+            f'{data} has other images (41) than when the run in {tmp_path}/out began (40);' in told
+        )
+        assert 'another --out' in told and changed.pretty_text == run.read_text()
+    (data / 'more.jpg').unlink()  # the same names, one of another size
+    config(data, tmp_path)
+    assert 'other images (40)' in capsys.readouterr().out
+    kept = config(data, tmp_path)
+    kept.pop('inputs')  # as written by earlier versions
+    run.write_text(kept.pretty_text)
+    capsys.readouterr()
+    assert config(data, tmp_path).pretty_text == run.read_text() and not capsys.readouterr().out
+
+
+def test_folders_of_one_image_each_are_no_classes(images, tmp_path):
+    """The report failed after the training, whenever it was repeated."""
+    data = tmp_path / 'data'
+    for number in range(8):
+        (data / f'scene{number}').mkdir(parents=True)
+        shutil.copy(images / f'{number}.jpg', data / f'scene{number}' / 'rgb.jpg')
+    cfg = config(data, tmp_path)
+    assert not cfg.evaluation.val.with_label and not cfg.evaluation.train.with_label
+    assert len(list_images(cfg.evaluation.val)) == 1
+    shutil.copy(images / '9.jpg', data / 'scene0' / 'second.jpg')
+    assert config(data, tmp_path).evaluation.val.with_label
 
 
 def test_images_that_would_hold_the_pictures_are_refused(images, tmp_path):
