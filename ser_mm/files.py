@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, that may be damaged, or that are in use."""
 
 import ctypes
+import glob
 import hashlib
 import os
 import re
@@ -75,7 +76,14 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_parts(folder.parent)
-    part, old = (folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.part') for _ in range(2))
+    for left in folder.parent.glob(f'.{glob.escape(folder.name)}.*.old'):
+        if folder.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:  # of a process that was killed between two renames
+            os.rename(left, folder)
+    part, old = (
+        folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}.{kind}') for kind in ('part', 'old')
+    )
     lock = _lock(part, wait=True, is_folder=True)
     try:
         yield part
@@ -211,7 +219,12 @@ def _lock(file: Path, wait: bool = False, is_folder: bool = False) -> int:
     while True:
         if is_folder:
             file.mkdir(exist_ok=True)
-        lock = os.open(file, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock = os.open(file, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another takes the folder for one that was left
+            if not is_folder:
+                raise
+            continue
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

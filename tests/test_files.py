@@ -196,6 +196,53 @@ def test_a_folder_has_its_name_at_any_moment(tmp_path, monkeypatch):
     assert sorted(x.name for x in tmp_path.iterdir()) == ['folder', 'other']
 
 
+def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
+    """Where names cannot be exchanged: the next file written beside it removed all there was."""
+    folder = tmp_path / 'folder'
+    with replacing_folder(folder) as part:
+        (part / 'old.txt').write_text('old')
+    code = f"""{LOAD}
+files._exchange = lambda one, other: False
+rename = os.rename
+def renaming(source, target):
+    rename(source, target)
+    os.kill(os.getpid(), 9)
+os.rename = renaming
+with files.replacing_folder(sys.argv[1]) as part:
+    (part / 'new.txt').write_text('new')
+    print('started', flush=True)
+"""
+    start(code, folder).wait()
+    assert not folder.exists()
+    write_text(tmp_path / 'figures.json', '{}')
+
+    def fail():
+        with replacing_folder(folder):
+            raise OSError('no space left on device')
+
+    for _ in range(2):
+        with pytest.raises(OSError, match='no space'):
+            fail()
+        assert [x.name for x in folder.iterdir()] == ['old.txt']
+    assert sorted(x.name for x in tmp_path.iterdir()) == ['figures.json', 'folder']
+
+
+def test_a_folder_that_another_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    opened = os.open
+
+    def open_late(path, *args):
+        if str(path).endswith('.part') and not held:
+            held.append(path)
+            os.rmdir(path)
+        return opened(path, *args)
+
+    held = []
+    monkeypatch.setattr(os, 'open', open_late)
+    with replacing_folder(tmp_path / 'folder') as part:
+        (part / 'text').write_text('text')
+    assert held and [x.name for x in (tmp_path / 'folder').iterdir()] == ['text']
+
+
 def test_folders_that_a_killed_process_left_are_removed(tmp_path):
     killed, living = (start(WRITE_FOLDER, tmp_path / name) for name in 'ab')
     killed.kill()

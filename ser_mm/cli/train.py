@@ -166,8 +166,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         needed.append('MomentumUpdateHook')
     if _makes_views(cfg):  # from torch's generator, which is to differ by rank and epoch
         needed.append('EpochSeedHook')
-    if _starts_workers_anew(cfg.get('train_dataloader') or {}):
-        # MMEngine would give them the same seeds in every epoch.
+    if _starts_workers_anew(cfg):  # MMEngine would give them the same seeds in every epoch
+        cfg.train_dataloader.pop('disable_subprocess_warning', None)  # of MMEngine's function
         cfg.train_dataloader.worker_init_fn = dict(type='keep_worker_seed')
         needed.append('EpochSeedHook')
     needed += ['CompileHook'] * args.compile
@@ -176,8 +176,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.custom_hooks = [*hooks, *(dict(type=f'mmpretrain.{name}') for name in missing)]
 
 
-def _starts_workers_anew(loader: Mapping) -> bool:
+def _starts_workers_anew(cfg: Config) -> bool:
     """Whether processes start to read images in every epoch, and nothing says how to seed them."""
+    if not (cfg.get('train_cfg') or {}).get('max_epochs'):
+        return False
+    loader = cfg.get('train_dataloader') or {}
     persistent = loader.get('persistent_workers')
     return bool(loader.get('num_workers')) and not persistent and 'worker_init_fn' not in loader
 

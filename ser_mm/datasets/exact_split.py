@@ -46,8 +46,7 @@ class ExactSplit:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        # In memory that workers share, as those that stay for all epochs hold a copy of the rest.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device='cpu')
 
     @property
     def epoch(self) -> int:
@@ -116,6 +115,8 @@ def split_batches(
         )
     split = ExactSplit(loader.dataset, pipelines, seed, rank, world_size)
     check_b2('EquivariantViewPipeline', split.equi_ratio, batch_size_of(loader) * world_size)
+    if loader.num_workers:  # of those that stay for all epochs each has a copy of the rest
+        split._epoch.share_memory_()
     loader.dataset.__getitems__ = split
     return split
 

@@ -161,12 +161,15 @@ def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:
         str(x.get('type')).rpartition('.')[2].removeprefix('Fast'): x
         for x in evaluation_pipeline(cfg)
     }
-    crop = found.get('CenterCrop', {}).get('crop_size')
-    height, width = getattr(backbone, 'img_size', None) or _pair(crop or 224)
     resize = found.get('ResizeEdge') or found.get('Resize') or {}
-    squashes = 'Resize' in found and bool(resize.get('scale')) and not resize.get('keep_ratio')
-    share, edge = 1.0, resize.get('scale')
-    if crop and edge and (squashes or resize.get('edge', 'short') == 'short'):
+    edge, crop = resize.get('scale'), found.get('CenterCrop', {}).get('crop_size')
+    of_sides = 'ResizeEdge' not in found and bool(edge)
+    squashes = of_sides and not resize.get('keep_ratio')
+    if squashes and not crop:
+        crop = _pair(edge)[::-1]  # mmcv has the width first
+    height, width = getattr(backbone, 'img_size', None) or _pair(crop or 224)
+    share = 1.0
+    if crop and edge and (squashes or (not of_sides and resize.get('edge', 'short') == 'short')):
         size, edge = min(_pair(crop)), min(_pair(edge))
         share = size / edge
         if math.floor(size / share) != edge:  # as timm gets the edge from it

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import MutableMapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS, MODELS
 
 from ser_mm.datasets.tar_shards import file_of
+from ser_mm.engine.checkpointing import written_checkpoints
 from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.images import use_images
@@ -139,15 +141,17 @@ def pretraining_config(
     for dataset in (cfg.train_dataloader.dataset, *evaluation.values()):
         _resize(dataset.pipeline, image_size)
 
-    inputs = dict(images=len(train), names=_digest(train))
-    if kept and kept.get('inputs', inputs)['names'] != inputs['names']:
-        print(
-            f'{data} has other images ({len(train)}) than when the run in {out} began '
-            f'({kept.inputs["images"]}); that run is not begun anew. Choose another --out for one '
-            'of these images.'
-        )
-    if not kept or 'inputs' in kept:
-        cfg.inputs = kept.get('inputs', inputs)
+    now = dict(count=len(train), digest=_digest(train, list_images(evaluation.val)))
+    then = kept.get('images') if kept and written_checkpoints(cfg) else now
+    if then:  # earlier versions did not write it
+        cfg.images = then
+        if then['digest'] != now['digest']:
+            places = f'{data} or {val_data}' if val_data else data
+            print(
+                f'{places} has other images than when the run in {out} began ({then["count"]} to '
+                f'train on then, {now["count"]} now); that run is not begun anew. Choose another '
+                '--out for one of these images.'
+            )
     ranks = processes(devices) or 1
     count = len(train)
     batch = batch_size or before.get('batch_size', 0) * ranks or choose_batch_size(count, ranks)
@@ -174,18 +178,23 @@ def _tells_classes_apart(evaluation: ConfigDict) -> bool:
     """Whether sub-folders are classes, with images to train on and to validate."""
     try:
         list_images(evaluation.val)
-    except ValueError:  # each holds one image
+    except ValueError:
+        list_images({**evaluation.val, 'with_label': False})  # if it is not that each holds one
         return False
     return len(list_images(evaluation.train).metainfo['classes']) > 1
 
 
-def _digest(images: Any) -> str:
+def _digest(*datasets: Any) -> str:
     """Of the paths of all images, and the sizes of some."""
-    files = [images.get_data_info(i)['img_path'] for i in range(len(images))]
-    some = [file_of(files[i]) for i in spaced_indices(len(files), MEASURED)]
-    # Not when they were changed, which a copy may be without.
-    sizes = [os.path.getsize(file) if os.path.isfile(file) else 0 for file in some]
-    return hashlib.sha256(repr((files, sizes)).encode(errors='surrogateescape')).hexdigest()
+    digest = hashlib.sha256()
+    for images in datasets:
+        files = [images.get_data_info(i)['img_path'] for i in range(len(images))]
+        digest.update('\0'.join(files).encode(errors='surrogateescape'))
+        for i in spaced_indices(len(files), MEASURED):
+            with suppress(OSError):  # in a remote store
+                # Not when it was changed, which a copy may be without.
+                digest.update(f' {os.stat(file_of(files[i])).st_size}'.encode())
+    return digest.hexdigest()
 
 
 def _start(model: str, method: str, image_size: int) -> Config:

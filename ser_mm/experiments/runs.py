@@ -338,7 +338,8 @@ def _describe(name: str, cfg: Config, status: int) -> str:
 def _settings(text: str) -> dict:
     """What a run depends on: its config, but for where it is kept and how it is evaluated."""
     cfg = Config.fromstring(text, '.py').to_dict()
-    return {k: v for k, v in cfg.items() if k not in ('work_dir', 'evaluation', 'eval_pipeline')}
+    other = 'work_dir', 'evaluation', 'eval_pipeline', 'images'
+    return {k: v for k, v in cfg.items() if k not in other}
 
 
 def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> list[str]:
@@ -351,16 +352,18 @@ def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> lis
 
 
 def _free_port() -> int:
-    """A port that nothing listens on, of those that Linux gives to nobody who asks for any."""
+    """A port that nothing listens on, below those that Linux gives to whoever asks for any."""
     draw = random.SystemRandom()  # two processes may have one seed
-    while True:
+    for left in reversed(range(100)):
         port = draw.randrange(20000, 32000)
         with socket.socket() as tried:
             try:
                 tried.bind(('', port))
+                break
             except OSError:
-                continue
-            return port
+                if not left:
+                    raise
+    return port
 
 
 def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[str, str]:

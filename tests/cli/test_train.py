@@ -1,6 +1,7 @@
 """The shipped recipe through the shipped tools: processes, kills, bad data, broken losses."""
 
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -153,8 +154,13 @@ def test_workers_that_start_anew_draw_other_views_in_each_epoch(imagenet_tree):
     )
     sampler = dict(type='DefaultSampler', shuffle=False)
     loader = dict(batch_size=4, num_workers=2, sampler=sampler, dataset=dataset)
-    content = dict(default_scope='mmpretrain', model=dict(type='MoCoV3'), train_dataloader=loader)
-    cfg = Config(content)
+    content = dict(
+        default_scope='mmpretrain',
+        model=dict(type='MoCoV3'),
+        train_dataloader=dict(loader, disable_subprocess_warning=True),
+        train_cfg=dict(max_epochs=2),
+    )
+    cfg = Config(copy.deepcopy(content))
     merge_args(cfg, parse_args(['config.py', '--no-persistent-workers']))
     init_default_scope('mmpretrain')
     batches = Runner.build_dataloader(cfg.train_dataloader, seed=0)
@@ -170,6 +176,9 @@ def test_workers_that_start_anew_draw_other_views_in_each_epoch(imagenet_tree):
     for change in (dict(persistent_workers=True), dict(num_workers=0), dict(worker_init_fn={})):
         added = hooks_of(**{**content, 'train_dataloader': {**loader, **change}})
         assert 'EpochSeedHook' not in added, change
+    # A loop by iteration starts them once, by MMEngine's seeds, which differ by rank.
+    iterations = dict(by_epoch=False, max_iters=8)
+    assert 'EpochSeedHook' not in hooks_of(**{**content, 'train_cfg': iterations})
 
 
 @pytest.mark.slow

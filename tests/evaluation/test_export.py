@@ -204,6 +204,27 @@ def test_timm_resizes_as_the_config_does(name):
     assert np.abs(ours['img'] - theirs.permute(1, 2, 0).numpy()).max() < 2.5
 
 
+def test_data_config_of_pipelines_with_resize():
+    """Of a network that takes any size."""
+    network = MODELS.build(dict(type='SERResNet', depth=18))
+    cfg = config(dict(type='SERResNet', depth=18))
+    pipeline = cfg.evaluation.val.pipeline
+
+    def found(*transforms):
+        cfg.evaluation.val.pipeline = [pipeline[0], *transforms, pipeline[-1]]
+        data = data_config(cfg, network)
+        return *data['input_size'][1:], data['crop_pct'], data['crop_mode']
+
+    crop = dict(type='CenterCrop', crop_size=224)
+    assert found(dict(type='Resize', scale=(128, 64))) == (64, 128, 1.0, 'squash')
+    assert found(dict(type='Resize', scale=(256, 256)), crop) == (224, 224, 0.875, 'squash')
+    fits = dict(type='Resize', scale=(256, 256), keep_ratio=True)
+    assert found(fits, crop) == (224, 224, 1.0, 'center')
+    edge = dict(type='ResizeEdge', scale=256)
+    for other in (fits, dict(type='Resize', scale=(300, 300))):
+        assert found(other, edge, crop) == (224, 224, 0.875, 'center')
+
+
 @pytest.mark.parametrize('to', ['mmpretrain', 'torchvision', 'onnx'])
 def test_a_file_that_is_there_is_left_alone(to, tmp_path):
     """A checkpoint of another run was replaced, in silence."""

@@ -1,6 +1,8 @@
 """The config that is made for a folder of images."""
 
+import re
 import shutil
+import tarfile
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from ser_mm.experiments.recipes import (
     list_images,
     pretraining_config,
 )
+from ser_mm.experiments.runs import check_settings
 from tests.support.foreign import FOREIGN
 
 
@@ -144,38 +147,57 @@ def test_a_run_goes_on_when_images_are_removed(images, tmp_path):
     assert choose_batch_size(25) != choose_batch_size(40) == again.train_dataloader.batch_size
     for cfg in (first, again):
         cfg.train_dataloader.dataset.pop('data_root')
-        cfg.pop('evaluation'), cfg.pop('test_dataloader')
+        cfg.pop('evaluation'), cfg.pop('test_dataloader'), cfg.pop('images')
     assert again.to_dict() == first.to_dict()
 
 
 def test_other_images_in_the_folder_of_a_run_are_told(images, tmp_path, capsys):
     """The network of the images before was exported for that of these, in silence."""
-    data = tmp_path / 'data'
+    data, run = tmp_path / 'data', tmp_path / 'out' / 'run.py'
     shutil.copytree(images, data)
-    (tmp_path / 'out').mkdir()
-    run = tmp_path / 'out' / 'run.py'
-    run.write_text(config(data, tmp_path).pretty_text)
-    for file in data.iterdir():  # copied again
-        shutil.copyfile(images / file.name, file)
-    assert config(data, tmp_path).pretty_text == run.read_text()
-    assert not capsys.readouterr().out
-    shutil.copy(images / '1.jpg', data / '0.jpg')
+    run.parent.mkdir()
+
+    def again(begin=False):
+        cfg = config(data, tmp_path)
+        check_settings(cfg)
+        run.write_text(cfg.pretty_text)
+        if begin:
+            (run.parent / 'run').mkdir(exist_ok=True)
+            (run.parent / 'run' / 'epoch_1.pth').write_text('')
+        return capsys.readouterr().out
+
+    assert not again()
     (data / 'more.jpg').write_bytes((images / '1.jpg').read_bytes())
+    assert not again(begin=True)  # nothing was trained before
+    for file in images.iterdir():  # copied again
+        shutil.copyfile(file, data / file.name)
+    assert not again()
+    (data / 'more.jpg').unlink()
     for _ in range(2):
-        changed = config(data, tmp_path)
-        told = capsys.readouterr().out
-        assert (
-            f'{data} has other images (41) than when the run in {tmp_path}/out began (40);' in told
-        )
-        assert 'another --out' in told and changed.pretty_text == run.read_text()
-    (data / 'more.jpg').unlink()  # the same names, one of another size
-    config(data, tmp_path)
-    assert 'other images (40)' in capsys.readouterr().out
-    kept = config(data, tmp_path)
-    kept.pop('inputs')  # as written by earlier versions
-    run.write_text(kept.pretty_text)
-    capsys.readouterr()
-    assert config(data, tmp_path).pretty_text == run.read_text() and not capsys.readouterr().out
+        told = again()
+        where = f'{data} has other images than when the run in {tmp_path / "out"} began'
+        assert f'{where} (41 to train on then, 40 now);' in told and 'another --out' in told
+    (data / 'more.jpg').write_bytes((images / '1.jpg').read_bytes())
+    assert not again()
+    shutil.copy(images / '1.jpg', data / '0.jpg')  # the same name, another size
+    assert '(41 to train on then, 41 now)' in again()
+    run.write_text(run.read_text().replace('images = dict', 'unknown = dict'))
+    run.write_text(re.sub(r'(?s)unknown = dict\(.*?\)\n', '', run.read_text()))
+    assert not again()  # of an earlier version
+
+
+def test_other_images_to_validate_are_told(images, tmp_path, capsys):
+    for split, names in dict(train=range(20), val=range(20, 24)).items():
+        (tmp_path / 'data' / split).mkdir(parents=True)
+        for name in names:
+            shutil.copy(images / f'{name}.jpg', tmp_path / 'data' / split)
+    cfg = config(tmp_path / 'data', tmp_path)
+    (tmp_path / 'out' / 'run').mkdir(parents=True)
+    (tmp_path / 'out' / 'run' / 'epoch_1.pth').write_text('')
+    (tmp_path / 'out' / 'run.py').write_text(cfg.pretty_text)
+    (tmp_path / 'data' / 'val' / '20.jpg').unlink()
+    config(tmp_path / 'data', tmp_path)
+    assert '(20 to train on then, 20 now)' in capsys.readouterr().out
 
 
 def test_folders_of_one_image_each_are_no_classes(images, tmp_path):
@@ -189,6 +211,16 @@ def test_folders_of_one_image_each_are_no_classes(images, tmp_path):
     assert len(list_images(cfg.evaluation.val)) == 1
     shutil.copy(images / '9.jpg', data / 'scene0' / 'second.jpg')
     assert config(data, tmp_path).evaluation.val.with_label
+    with tarfile.open(tmp_path / 'cut.tar', 'w') as whole:
+        whole.add(images, 'a')
+    for split in ('train', 'val'):
+        shutil.copytree(data, tmp_path / 'divided' / split / 'a')
+    (tmp_path / 'divided' / 'val' / 'b').mkdir()
+    cut = (tmp_path / 'cut.tar').read_bytes()[:5000]
+    shutil.rmtree(tmp_path / 'divided' / 'val' / 'a')
+    (tmp_path / 'divided' / 'val' / 'b' / 'cut.tar').write_bytes(cut)
+    with pytest.raises(ValueError, match='cut.tar is no whole tar archive'):
+        config(tmp_path / 'divided', tmp_path)
 
 
 def test_images_that_would_hold_the_pictures_are_refused(images, tmp_path):

@@ -234,10 +234,19 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         if self.cls_token is None and one_more:  # that of [CLS], left out as MMPretrain does
             state_dict[name] = state_dict[name][:, 1:]
         count = state_dict[name].shape[1] - self._extra_positions
+        if count == math.prod(self.patch_resolution):
+            return
         side = math.isqrt(max(count, 0))
-        # What is no square, strict loading refuses by its shape.
-        if count != math.prod(self.patch_resolution) and side * side == count > 0:
-            state_dict[name] = self._resize(state_dict[name], (side, side), self.patch_resolution)
+        if side * side != count or not side:  # MMEngine would leave random ones, and go on
+            known = self.state_dict().keys()
+            names = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))
+            others = ', '.join([key for key in names if key not in known][:3])
+            raise CheckpointError(
+                f'{type(self).__name__}: the checkpoint has positions of {count} patches, neither '
+                f'the {math.prod(self.patch_resolution)} of this network nor a square; use the '
+                f'backbone config that it was trained with{others and f" (it has {others})"}.'
+            )
+        state_dict[name] = self._resize(state_dict[name], (side, side), self.patch_resolution)
 
     @property
     def _extra_positions(self) -> int:
