@@ -91,7 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             args.pairs.append((config, item))
     if not args.pairs:
         parser.error(f'no checkpoint follows {args.networks[-1]}; name one.')
-    folders = [Path(checkpoint).parent.name for _, checkpoint in args.pairs]
+    folders = [Path(checkpoint).absolute().parent.name for _, checkpoint in args.pairs]
     if len(set(folders)) < len(folders):
         folders = [checkpoint for _, checkpoint in args.pairs]
     args.names = args.names or folders

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args.config, args)
     with about_option('--also'):
         subsets = add_sets(cfg, args.also)
-    if args.shots and is_main_process():
+    if args.shots:  # on all ranks, as some data sets wait for each other
         labels = torch.as_tensor(build_loader(cfg, 'train')[1].dataset.get_gt_labels())
         with about_option('--shots'):
             check_shots(labels, args.shots)

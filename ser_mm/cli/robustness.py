@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f'--imagenet-{name}',
             type=place,
             help=f'folder of ImageNet-{name.upper()} (default: data/imagenet-{name}, if it is '
-            'there)',
+            'there; with --data none)',
         )
     parser.add_argument(
         '--corruptions',
@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ('imagenet_c', 'imagenet_p'):
         root, default = getattr(args, name), Path('data', name.replace('_', '-'))
-        if root is None and default.is_dir():
+        if root is None and default.is_dir() and not args.data:  # of ImageNet's classes
             setattr(args, name, default)
         elif root is not None and not root.is_dir():
             parser.error(f'--{name.replace("_", "-")} {root} is not a folder.')

@@ -7,7 +7,6 @@ from typing import Literal
 
 import mmcv
 import numpy as np
-from mmengine.dist import barrier, is_main_process
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 
@@ -212,9 +211,7 @@ class BundledPhotos(CustomDataset):
         Returns:
             list[dict]: ``img_path`` and ``gt_label`` of each crop.
         """
-        if is_main_process():
-            write_bundled_photos(self.data_root, **self.crops)
-        barrier()
-        # Ranks on another machine, with another disk, still find nothing.
+        # No barrier of the process group: not every rank need build this. Of several that write
+        # at once one wins.
         write_bundled_photos(self.data_root, **self.crops)
         return super().load_data_list()

@@ -19,6 +19,7 @@ from mmengine.dist import (
     is_main_process,
 )
 from mmengine.runner import set_random_seed
+from mmpretrain.registry import TRANSFORMS
 from torch import Tensor
 
 from ser_mm.evaluation.angles import accuracy_by_angle
@@ -27,11 +28,13 @@ from ser_mm.evaluation.correspondence import correspondence_by_layer
 from ser_mm.evaluation.data import (
     build_loader,
     build_preprocessor,
+    evaluation_pipeline,
     spaced_images,
     spaced_indices,
     spaced_labelled,
 )
 from ser_mm.evaluation.features import CachedFeatures, stamp_file, stamp_images
+from ser_mm.evaluation.metrics import check_finite
 from ser_mm.evaluation.positions import pixels_as_map, position_by_layer
 from ser_mm.evaluation.results import make_table
 from ser_mm.evaluation.segmentation import (
@@ -112,11 +115,7 @@ def select_maps(
                 f'a block gives {odd}, not a token map (N, C, h, w); use a network with maps, '
                 "out_type='featmap' where it has an out_type."
             )
-        if not all(f.isfinite().all() for f in maps):
-            raise ValueError(
-                'a block gives numbers that are not finite; the training of this checkpoint has '
-                'diverged, so take an earlier one.'
-            )
+        check_finite(maps)
         return maps
 
     return select
@@ -261,7 +260,7 @@ class _Run:
         settings = dict(
             correspondence=[self.step, self.affine, self.within, self.seed],
             angle=[self.step],
-            segmentation=['tokens drawn evenly'],  # at equal distances before
+            segmentation=['tokens drawn evenly', 'loaded by the config'],
         )
         about = [measure, torch.__version__, settings.get(measure)]
         about.append([] if measure == 'angle' else self.numbers)
@@ -307,10 +306,13 @@ class _Run:
     def segmentation(self) -> dict[str, Any]:
         classes = max(count_classes(some) for some in self.pairs.values())
         preprocessor, size = build_preprocessor(self.cfg), self.source.batch_size
+        first = next(iter(evaluation_pipeline(self.cfg)), {})
+        loads = str(first.get('type')).rpartition('.')[2].startswith('Load')
+        load = TRANSFORMS.build(dict(first)) if loads else None
 
         def read(split: str) -> Iterable[tuple[Tensor, Tensor]]:
             pairs = self.pairs[split]
-            batches = read_pairs(pairs, self.size, preprocessor, size)
+            batches = read_pairs(pairs, self.size, preprocessor, size, load)
             return tell_progress(batches, -(-len(pairs) // size), f'{split}: batch')
 
         with self._maps() as token_maps:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ser_mm import geometry
+from ser_mm.evaluation.metrics import check_finite
 from ser_mm.evaluation.results import make_table
 
 TRANSFORMATIONS = ('rot90', 'rot180', 'flip_lr', 'flip_ud', 'scale', 'mixture')
@@ -143,7 +144,7 @@ def equivariance_by_layer(
 
     Raises:
         ValueError: If a transformation is unknown, there is no image or one is not square, or a
-            layer gives no map.
+            layer gives no map, or numbers that are not finite.
     """
     check_transformations(transformations)
     rng = torch.Generator().manual_seed(seed)
@@ -161,6 +162,7 @@ def equivariance_by_layer(
                 f'equivariance_by_layer: a layer gives {odd}, not a token map (N, C, h, w); use a '
                 "network with maps, out_type='featmap' where it has an out_type."
             )
+        check_finite(before)
         coarsest = min((tuple(f.shape[-2:]) for f in before), key=math.prod)
         for name in transformations:
             elements, grid = _draw(name, len(x), coarsest, rng)
@@ -192,9 +194,10 @@ def _draw(
 ) -> tuple[Tensor, Sequence[int]]:
     """Elements (count,) of a batch, and the grid that it is resized to."""
     if name != 'mixture':
-        area = 1.3 if name == 'scale' else 1.0
         elements = torch.full((count,), _ELEMENTS[name])
-        return elements, tuple(round(side * math.sqrt(area)) for side in grid)
+        if name == 'scale':  # 1.3 times the area, by one token at least
+            grid = tuple(max(side + 1, round(side * math.sqrt(1.3))) for side in grid)
+        return elements, grid
     moved_onto = geometry.draw_grid(grid, generator=rng)
     return torch.randint(geometry.NUM_ELEMENTS, (count,), generator=rng), moved_onto
 

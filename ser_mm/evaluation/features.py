@@ -33,6 +33,7 @@ from ser_mm.datasets import LoadChannels
 from ser_mm.datasets.tar_shards import file_of
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
 from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
+from ser_mm.evaluation.metrics import check_finite
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
 from ser_mm.files import read_kept, replacing
 from ser_mm.progress import tell_progress
@@ -88,14 +89,17 @@ class Embedder(nn.Module):
 
     @torch.no_grad()
     def embed(
-        self, images: str | Path | Sequence[str | Path | np.ndarray], batch_size: int = 64
+        self,
+        images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
+        batch_size: int = 64,
     ) -> Tensor:
         """Features of images, prepared as the config's ``evaluation.val`` prepares them.
 
         Args:
-            images (str | Path | Sequence[str | Path | np.ndarray]): A file, or files and arrays
-                (H, W, 3), uint8, BGR; with ``LoadChannels`` in the config, (H, W, C), of values as
-                in the files, RGB.
+            images (str | Path | np.ndarray | Sequence): A file or an array, or several
+                of them. Arrays are (H, W, 3), uint8, BGR, or RGB where the config loads no files,
+                as of CIFAR; with ``LoadChannels`` in the config, (H, W, C), of values as in the
+                files, RGB.
             batch_size (int): Images at one time. Defaults to 64.
 
         Returns:
@@ -104,25 +108,30 @@ class Embedder(nn.Module):
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If there is no image, or the config says nothing of transforms or
-                normalization.
+            ValueError: If there is no image, the config says nothing of transforms or
+                normalization, or a file is given to one that loads none.
         """
-        if isinstance(images, str | Path):
+        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         if not len(images):
             raise ValueError('Embedder.embed: there is no image; give files or arrays.')
-        load, *rest = [
-            TRANSFORMS.build(x) for x in deepcopy(dataset_of(self._cfg, 'val')['pipeline'])
-        ]
-        pipeline, preprocessor = Compose(rest), build_preprocessor(self._cfg)
+        pipeline = deepcopy(dataset_of(self._cfg, 'val')['pipeline'])
+        loads = pipeline and str(pipeline[0].get('type')).rpartition('.')[2].startswith('Load')
+        load = TRANSFORMS.build(pipeline.pop(0)) if loads else None
+        prepared, preprocessor = Compose(pipeline), build_preprocessor(self._cfg)
 
         def prepare(image: str | Path | np.ndarray) -> dict:
             if isinstance(image, np.ndarray):
                 size = image.shape[:2]
                 if isinstance(load, LoadChannels):
                     image = load.scale(image)
-                return pipeline(dict(img=image, img_shape=size, ori_shape=size))
-            return pipeline(load(dict(img_path=str(image))))
+                return prepared(dict(img=image, img_shape=size, ori_shape=size))
+            if load is None:
+                raise ValueError(
+                    f'Embedder.embed: {image} is a file, and evaluation.val of the config has '
+                    'images in memory and loads none; give arrays (H, W, 3), uint8, RGB.'
+                )
+            return prepared(load(dict(img_path=str(image))))
 
         features = []
         for start in range(0, len(images), batch_size):
@@ -149,12 +158,18 @@ class Embedder(nn.Module):
             setattr(self.backbone, name, value)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed images (N, 3, H, W) as vectors (N, C) or maps, or classify them (N,)."""
+        """Embed images (N, 3, H, W) as vectors (N, C) or maps, or classify them (N,).
+
+        Class -1 is of vectors that are not finite.
+        """
         outputs = self.backbone(images)
         if self.layer is not None:
             return outputs[-1]
         vectors = vectors_of(self.backbone, outputs, self.blocks)
-        return self.head(vectors).argmax(dim=1) if self.head else vectors
+        if not self.head:
+            return vectors
+        classes = self.head(vectors).argmax(dim=1)
+        return classes.where(vectors.isfinite().all(dim=1), -1)
 
 
 def take_last_blocks(backbone: nn.Module, blocks: int) -> None:
@@ -436,6 +451,8 @@ class CachedFeatures:
                 if batch.content is not None:
                     content = [batch.content]
                     some = extract_features(self.network, preprocessor, content, labelled)
+                    of_class = not some[0].is_floating_point()
+                    check_finite([some[0].where(some[0] >= 0, torch.nan) if of_class else some[0]])
                     features.append(some[0])
                     labels.append(some[1])
                     places += batch.indices

@@ -56,17 +56,18 @@ def knn_votes(
         temperature (float): Defaults to 0.07.
 
     Returns:
-        dict[int, Tensor]: For each k the log of the summed votes, shape (M, classes), on the CPU;
-        -inf for a class without a neighbour.
+        dict[int, Tensor]: For each k the log of the summed votes, shape (M, classes), on the CPU,
+        where that of the nearest neighbour counts as 1; -inf for a class without a neighbour.
     """
     device = get_device()
     train, train_labels = F.normalize(train, dim=1).to(device), train_labels.to(device)
-    votes = {k: [] for k in ks}
+    votes = {k: [] for k in dict.fromkeys(ks)}
     for queries in F.normalize(val, dim=1).split(max(1, 2**27 // len(train))):
         similarity = queries.to(device) @ train.T
         similarity, neighbours = similarity.topk(min(max(ks), len(train)), dim=1)
-        weights = ((similarity - 1) / temperature).double().exp()
-        for k in ks:
+        # Of the nearest one 1: all could be too small for a number.
+        weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+        for k in votes:
             total = weights.new_zeros(len(queries), int(train_labels.max()) + 1)
             total.scatter_add_(1, train_labels[neighbours[:, :k]], weights[:, :k])
             votes[k].append(total.log().cpu())

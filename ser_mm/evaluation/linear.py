@@ -205,8 +205,8 @@ def select_linear_head(
     count = round(holdout * len(features))
     if not 0 < count < len(features):
         raise ValueError(
-            f'holdout={holdout} of {len(features)} training images is {count}; choose a share '
-            'that leaves some to train on and some to choose by.'
+            f'holdout={holdout} of {len(features)} training images is {count}; take more images, '
+            'or a share that leaves some to train on and some to choose by.'
         )
     path = None
     if cache_dir is not None:

@@ -34,6 +34,22 @@ def accuracy(scores: Tensor, labels: Tensor, confidence: float = 0.95) -> dict:
     return result
 
 
+def check_finite(outputs: Sequence[Tensor]) -> None:
+    """Check what a network gives, before figures are made of it.
+
+    Args:
+        outputs (Sequence[Tensor]): Features or maps, of any shapes.
+
+    Raises:
+        ValueError: If there is an infinite number, or NaN.
+    """
+    if not all(x.isfinite().all() for x in outputs):
+        raise ValueError(
+            'the network gives numbers that are not finite; the training of this checkpoint has '
+            'diverged, so take an earlier one.'
+        )
+
+
 def rank_me(features: Tensor) -> float:
     """Effective rank of features, RankMe (Garrido et al., ICML 2023, equations 1 and 2).
 

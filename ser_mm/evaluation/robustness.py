@@ -273,7 +273,7 @@ def measure_corruptions(
         source (CachedFeatures): Network and data sets.
         head (nn.Linear): Linear classifier of the features.
         names (Sequence[str]): Keys of ``evaluation``, as :func:`corrupted_datasets` makes them.
-        images (int): Clean images; a folder with fewer does not count.
+        images (int): Clean images; a folder with fewer or more does not count.
         missing (Sequence[str]): Folders that are missing. Defaults to ().
         root (Path, optional): Folder of ImageNet-C. Defaults to None: made on the fly.
 
@@ -286,7 +286,7 @@ def measure_corruptions(
     for name in names:
         classes, labels = classify(source, head, name)
         error = float((classes != labels).double().mean())
-        if len(labels) < images:
+        if len(labels) != images:
             incomplete.append(f'{name} ({len(labels)} of {images} images)')
         else:
             errors.setdefault(name.partition('/')[0], []).append(error)

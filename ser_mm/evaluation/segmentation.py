@@ -55,6 +55,7 @@ def read_pairs(
     size: tuple[int, int],
     preprocessor: nn.Module,
     batch_size: int = 64,
+    load: Callable[[dict], dict | None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and masks, scaled to one size.
 
@@ -63,31 +64,55 @@ def read_pairs(
         size (tuple[int, int]): Height and width.
         preprocessor (nn.Module): See :func:`~ser_mm.evaluation.data.build_preprocessor`.
         batch_size (int): Images per batch. Defaults to 64.
+        load (Callable, optional): Transform that loads the images of a config. Defaults to None:
+            they are taken as RGB of 8 bits, as configs of data sets that hold pixels do.
 
     Yields:
-        tuple: Images (N, 3, H, W), as the network takes them, and classes (N, H, W) on the CPU.
+        tuple: Images (N, C, H, W), as the network takes them, and classes (N, H, W) on the CPU.
 
     Raises:
-        ValueError: If a mask has another size than its image, or is no map of classes.
+        ValueError: If an image cannot be read, or a mask has another size than its image, or is no
+            map of classes.
     """
     for start in range(0, len(pairs), batch_size):
         images, masks = [], []
         for file, mask_file in pairs[start : start + batch_size]:
-            with Image.open(file) as opened, Image.open(mask_file) as mask:
-                image = ImageOps.exif_transpose(opened).convert('RGB')
-                if mask.mode not in ('L', 'P') or mask.size != image.size:
+            image = _load(file, load)
+            with Image.open(mask_file) as mask:
+                if mask.mode not in ('L', 'P') or mask.size != image.shape[1::-1]:
                     raise ValueError(
                         f'{mask_file} is {mask.size[0]} x {mask.size[1]} of mode {mask.mode}, and '
-                        f'its image {image.size[0]} x {image.size[1]}; write the class of each '
+                        f'its image {image.shape[1]} x {image.shape[0]}; write the class of each '
                         'pixel as 8 bits, grey or with a palette.'
                     )
-                # BGR, the order of the images of pipelines
-                image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-                images.append(torch.from_numpy(np.asarray(image)[..., ::-1].copy()))
+                images.append(_resize(image, size))
                 mask = mask.resize(size[::-1], Image.Resampling.NEAREST)
                 masks.append(torch.from_numpy(np.array(mask)).long())
         inputs = [x.permute(2, 0, 1) for x in images]
         yield preprocessor(dict(inputs=inputs))['inputs'], torch.stack(masks)
+
+
+def _load(file: Path, load: Callable[[dict], dict | None] | None) -> np.ndarray:
+    """An image (H, W, C), in the order of channels that the transforms of a config give."""
+    if load is None:
+        with Image.open(file) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert('RGB'))
+    loaded = load(dict(img_path=str(file)))
+    if loaded is None:
+        raise ValueError(f'{file} cannot be read as an image; replace or remove it.')
+    image = loaded['img']
+    return image if image.ndim == 3 else image[..., None]
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Bicubic, with a filter where it shrinks; floats, and other channels than three, by torch."""
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        small = Image.fromarray(np.ascontiguousarray(image)).resize(
+            size[::-1], Image.Resampling.BICUBIC
+        )
+        return torch.from_numpy(np.array(small))
+    batch = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    return F.interpolate(batch, size, mode='bicubic', antialias=True)[0].permute(1, 2, 0)
 
 
 def patch_shares(masks: Tensor, grid: Sequence[int], classes: int) -> Tensor:
@@ -195,7 +220,7 @@ def segmentation_by_layer(
       classes in their patches, weighted by a softmax of temperature 0.02 (in-context retrieval,
       Balazevic et al., NeurIPS 2023, in its simplest form). Scaled up likewise.
 
-    Of the training tokens with a class at most 20,000, every 2nd, 4th, ..., are used.
+    Of the training tokens with a class at most 20,000, drawn evenly, are used.
 
     Args:
         token_maps (Callable): Maps images (N, 3, H, W) to token maps (N, C, h, w), one per layer,

@@ -68,8 +68,9 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
             with_label=True,
             pipeline=pipeline,
         )
-    if not found:
+    if not folders:
         return {}
+    # On all ranks, as some data sets wait for each other.
     dataset = build_loader(cfg, 'train')[1].dataset
     classes = getattr(dataset, 'folder_to_idx', None) or dataset.metainfo.get('classes')
     if not classes:
@@ -79,7 +80,7 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
         )
     there = set(map(int, dataset.get_gt_labels()))
     numbers = {}
-    for name, folder in folders.items():
+    for name, folder in folders.items() if found else ():
         try:
             numbers[name] = match_classes(found[name], list(classes))
         except ValueError as error:

@@ -32,21 +32,22 @@ def choose_images(
         tuple: Config of the subset, and the names in the order of the data set.
 
     Raises:
-        ValueError: If a class is not in the data set, or there are fewer than two.
+        ValueError: If a class has no image in the data set, or there are fewer than two.
     """
     whole = DATASETS.build(dataset)
     known = list(whole.metainfo.get('classes') or [])
+    labels = np.array([whole.get_data_info(i)['gt_label'] for i in range(len(whole))])
+    seen = [name for i, name in enumerate(known) if (labels == i).any()]
     if classes is None:
-        count = min(20, len(known))
-        classes = [known[i * len(known) // count] for i in range(count)]
-    odd = [name for name in classes if name not in known]
-    if odd or len(classes) < 2:
+        count = min(20, len(seen))
+        classes = [seen[i * len(seen) // count] for i in range(count)]
+    odd = [name for name in classes if name not in seen]
+    if odd or len(set(classes)) < 2:
         raise ValueError(
-            f'classes {" ".join(odd or classes)}: choose two or more of '
-            f'{", ".join(known[:20])}{", ..." if len(known) > 20 else ""}.'
+            f'classes {" ".join(odd or classes)}: choose two or more that have images, of '
+            f'{", ".join(seen[:20])}{", ..." if len(seen) > 20 else ""}.'
         )
     classes = [name for name in known if name in classes]
-    labels = np.array([whole.get_data_info(i)['gt_label'] for i in range(len(whole))])
     chosen = [np.flatnonzero(labels == known.index(name))[:per_class] for name in classes]
     indices = np.concatenate(chosen)
     given = dataset.get('indices')

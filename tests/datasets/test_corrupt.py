@@ -35,6 +35,14 @@ def test_an_image_without_a_file_is_known_by_its_pixels():
     assert (first.astype(int) - photo != other.astype(int) - (photo + 1)).mean() > 0.5
 
 
+@pytest.mark.parametrize('shape', [(48, 48), (48, 48, 1), (24, 48, 3)])
+def test_what_corruptions_are_not_for_is_refused(shape):
+    """A grey image was mirrored, and got three channels."""
+    said = f'an image is {" x ".join(map(str, shape))}, and corruptions are for .* or more; load'
+    with pytest.raises(ValueError, match=said):
+        Corrupt('brightness', 1)(dict(img=np.zeros(shape, np.uint8), img_path='x.png'))
+
+
 @pytest.mark.parametrize(('path', 'red'), [(dict(img_path='a'), 2), ({}, 0)])
 def test_stains_are_brown_in_either_order_of_channels(path, red):
     """BGR of a file, RGB of CIFAR, where they were blue."""

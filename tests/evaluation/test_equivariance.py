@@ -52,6 +52,16 @@ def test_equivariant_map_scores_1():
     assert scores['scale'][1]['chance'] == 1 / 25  # of 4 x 4 tokens, 5 x 5
 
 
+def test_a_small_map_is_scaled_too():
+    """Of 3 x 3 tokens, 1.3 times the area was as many, and R2 was 1 by that."""
+
+    def patches(images):
+        return [F.avg_pool2d(images, 21)]
+
+    (score,) = equivariance_by_layer(patches, [photos()[..., :63, :63]], ['scale'])['scale']
+    assert score['chance'] == 1 / 16 and score['r2'] < 1
+
+
 def test_a_map_that_does_not_turn_scores_less():
     def with_places(images):
         place = torch.linspace(0, 3, 8, dtype=images.dtype).expand(len(images), 1, 8, 8)
@@ -118,7 +128,8 @@ def test_every_layer_of_a_network_at_once(config):
             for name, options in dict(rot90=dict(elements=1), scale=dict(grid=None)).items():
                 if name == 'scale':
                     coarsest = min(shape[1] for shape in shapes)
-                    grid = round(coarsest * 1.3**0.5) * shapes[i][1] // coarsest
+                    moved = max(coarsest + 1, round(coarsest * 1.3**0.5))
+                    grid = moved * shapes[i][1] // coarsest
                     options['grid'] = (grid, grid)
                 one = equivariance_score(lambda x, i=i: token_maps(x)[i], images, **options)
                 assert scores[name][i]['r2'] == pytest.approx(one, abs=1e-9)
@@ -147,6 +158,8 @@ def test_bad_input_is_one_sentence():
         equivariance_by_layer(unmoved_by_turns, [])
     with pytest.raises(ValueError, match=r'gives \(12, 3\), not a token map'):
         equivariance_by_layer(lambda x: [x.mean(dim=(2, 3))], [photos()])
+    with pytest.raises(ValueError, match='not finite; the training of this checkpoint has div'):
+        equivariance_by_layer(lambda x: [x * float('nan')], [photos()])
 
 
 def test_hook_refuses_what_it_could_not_score(imagenet_tree, tmp_path):

@@ -1,5 +1,7 @@
 """MMPretrain's own interfaces take our configs, names and checkpoints."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,17 @@ def test_embed_takes_files_and_arrays(demo, checkpoint, images, tmp_path):
         embedder.embed([tmp_path / 'absent.png'])
     with pytest.raises(ValueError, match='no image'):
         embedder.embed([])
+
+
+def test_an_array_alone_and_images_that_no_transform_loads(demo, checkpoint, images):
+    """Rows of an array were taken for images, and the first transform was left out."""
+    embedder = Embedder(demo, checkpoint)
+    assert torch.equal(embedder.embed(images[0]), embedder.embed(images[:1]))
+    held = copy.deepcopy(demo)
+    held.evaluation.val.pipeline.pop(0)
+    assert torch.equal(Embedder(held, checkpoint).embed(images[:1]), embedder.embed(images[:1]))
+    with pytest.raises(ValueError, match='x.png is a file, .* loads none; give arrays'):
+        Embedder(held, checkpoint).embed('x.png')
 
 
 def test_names_of_shipped_configs(checkpoint, images):

@@ -249,6 +249,17 @@ def test_two_ranks_extract_what_one_does(imagenet_tree, checkpoint, tmp_path):
     assert names[0] == names[1] and len(names[0]) == 3
 
 
+@torch.no_grad()
+def test_a_network_that_diverged_is_refused(imagenet_tree, checkpoint, tmp_path):
+    """Its figures were 0, or the share of the first class."""
+    source = CachedFeatures(config(imagenet_tree), checkpoint, tmp_path / 'cache')
+    next(source.network.parameters()).fill_(float('nan'))
+    with pytest.raises(ValueError, match='not finite; the training of this checkpoint has div'):
+        source.load('val')
+    with pytest.raises(ValueError, match='not finite'):
+        source.load('val', torch.nn.Linear(48, 4))
+
+
 def test_last_blocks_are_normalized_cls_tokens(checkpoint):
     cfg = config('.')
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)

@@ -103,3 +103,13 @@ def test_few_shot_refuses():
         few_shot(train, labels, queries, labels, [1, 5])
     with pytest.raises(ValueError, match='draws=1'):
         few_shot(train, labels, queries, labels, [1], draws=1)
+
+
+def test_a_number_named_twice_votes_once_and_no_vote_is_too_small():
+    """At a small temperature all votes were 0, and any class the first."""
+    rng = torch.Generator().manual_seed(0)
+    train, labels = torch.randn(40, 8, generator=rng), torch.arange(40) % 4
+    val = train + 0.5 * torch.randn(40, 8, generator=rng)
+    nearest = knn_votes(train, labels, val, [1])[1].argmax(1)
+    cold = knn_votes(train, labels, val, [10, 10], temperature=1e-5)
+    assert list(cold) == [10] and torch.equal(cold[10].argmax(1), nearest)

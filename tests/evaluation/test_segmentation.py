@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import StandardScaler
 
+from ser_mm.datasets import LoadChannels, LoadReadableImage
 from ser_mm.evaluation.data import build_preprocessor
 from ser_mm.evaluation.segmentation import (
     _Kept,
@@ -172,12 +173,41 @@ def test_pairs_are_read_as_the_network_takes_them(folder, imagenet_tree):
     assert [x.name for x, _ in pairs] == ['0.jpg', '1.jpg', '2.jpg', '3.jpg']
     assert count_classes(pairs) == 2
     preprocessor = build_preprocessor(config(imagenet_tree))
-    first, last = read_pairs(pairs, (32, 32), preprocessor, batch_size=3)
+    load = LoadReadableImage()
+    first, last = read_pairs(pairs, (32, 32), preprocessor, batch_size=3, load=load)
     assert first[0].shape == (3, 3, 32, 32) and last[1].shape == (1, 32, 32)
     image = np.asarray(Image.open(pairs[3][0]).resize((32, 32), Image.Resampling.BICUBIC))
     bgr = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
     assert torch.equal(last[0], preprocessor(dict(inputs=[bgr]))['inputs'])
     assert set(last[1].unique().tolist()) == {0, 1, 255}
+
+
+def test_images_are_loaded_as_the_config_does(folder):
+    """By Pillow as 8 bits and in BGR, they were white, or of exchanged colours."""
+    (file, mask), *_ = find_pairs(folder, 'train')
+    rgb = np.asarray(Image.open(file).resize((30, 24), Image.Resampling.BICUBIC))
+    ((found, _),) = read_pairs([(file, mask)], (24, 30), Inputs())  # as of CIFAR, in RGB
+    assert np.array_equal(found[0].permute(1, 2, 0), rgb)
+    deep = folder / 'deep.png'
+    values = np.linspace(30000, 34000, 48 * 60).reshape(48, 60)
+    Image.fromarray(values.astype(np.uint16)).save(deep)
+    load = LoadChannels(channels=1, dtype='uint16', mean=[32000], std=[1000])
+    ((found, _),) = read_pairs([(deep, mask)], (24, 30), Inputs(), load=load)
+    whole = torch.from_numpy(load(dict(img_path=str(deep)))['img'])
+    assert found.shape == (1, 1, 24, 30) and found.dtype == torch.float32
+    # What shrinks by two keeps its mean, and most of its range.
+    torch.testing.assert_close(found.mean(), whole.mean(), rtol=0, atol=0.01 * float(whole.std()))
+    assert found.max() - found.min() > 0.9 * (whole.max() - whole.min())
+    deep.write_text('no image')
+    with pytest.raises(ValueError, match='deep.png cannot be read as an image; replace or'):
+        list(read_pairs([(deep, mask)], (24, 30), Inputs(), load=LoadReadableImage()))
+
+
+class Inputs(torch.nn.Module):
+    """A preprocessor that leaves pixels as they are."""
+
+    def forward(self, data):
+        return dict(inputs=torch.stack(data['inputs']))
 
 
 def test_mistakes_are_told(folder, imagenet_tree):

@@ -60,6 +60,12 @@ class Corrupt(BaseTransform):
             dict: With the corrupted ``img``.
         """
         image = results['img']
+        if image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 32:
+            raise ValueError(
+                f'Corrupt: an image is {" x ".join(map(str, image.shape))}, and corruptions are '
+                'for (H, W, 3) of 32 x 32 or more; load color images, and crop or resize them to '
+                '32 or more.'
+            )
         order = -1 if results.get('img_path') else 1
         path = results.get('img_path') or zlib.crc32(np.ascontiguousarray(image).data)
         name = f'{path} {self.corruption} {self.severity}'
