@@ -144,6 +144,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
             raise ValueError(
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.'
             )
+        passes = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+        if passes > 1 and not cfg.auto_scale_lr.get('enable'):  # it is, in what a run has written
+            # MMEngine counts the images of a pass, of which several make a step.
+            cfg.auto_scale_lr.base_batch_size /= passes
         cfg.auto_scale_lr.enable = True
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None

@@ -104,10 +104,10 @@ def split_batches(
         ValueError: If pipelines in the data set differ in ``equi_ratio``, or a global batch is too
             small for two images in b2.
     """
-    pipelines = [x for x in view_pipelines(loader.dataset) if x.equi_ratio > 0]
-    if not pipelines:
-        return None
+    pipelines = list(view_pipelines(loader.dataset))
     ratios = sorted({pipeline.equi_ratio for pipeline in pipelines})
+    if not any(ratios):
+        return None
     if len(ratios) > 1:
         raise ValueError(
             f'EquivariantViewPipeline: the data sets of a run have equi_ratio={ratios}; give all '

@@ -1,5 +1,6 @@
 """A folder or a list of images in place of the data sets that a config names."""
 
+import os
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -10,7 +11,13 @@ from mmpretrain.models import BaseClassifier
 from mmpretrain.registry import DATASETS, MODELS
 
 from ser_mm.datasets import STL10, ImageSource
-from ser_mm.datasets.image_source import SUFFIXES, check_images, iterate_images
+from ser_mm.datasets.image_source import (
+    SUFFIXES,
+    check_images,
+    class_folders,
+    iterate_images,
+    part_of,
+)
 from ser_mm.engine.checks import walk_datasets
 
 _HOLD_PIXELS = CIFAR10, MNIST, STL10  # their pipelines load nothing
@@ -133,7 +140,54 @@ def check_class_labels(cfg: Config) -> None:
         for name in ('train_dataloader', 'val_dataloader')
         for field, dataset in walk_datasets(name, cfg.get(name) or {})
     }
+    check_classes(datasets)
     check_labels(datasets, (cfg.model.get('head') or {}).get('num_classes'))
+
+
+def check_classes(datasets: dict[str, dict]) -> None:
+    """Check that the class folders of data sets are the same, as their order numbers the classes.
+
+    Args:
+        datasets (dict[str, dict]): Configs by their place in the config. Those without
+            folders are passed over.
+
+    Raises:
+        ValueError: Naming a folder that is missing.
+    """
+    first = None
+    for field, dataset in datasets.items():
+        folder, names = _class_folders(dataset)
+        if not names:  # labels are in a file, as meta/val.txt of ImageNet
+            continue
+        first = first or (field, folder, names)
+        odd = sorted(names ^ first[2])
+        if odd:
+            raise ValueError(
+                f'{field} ({folder}) and {first[0]} ({first[1]}) have different classes: '
+                f'{odd[0]} and {len(odd) - 1} more are in one only; use folders with the same.'
+            )
+    if first and len(first[2]) == 1:
+        raise ValueError(
+            f'{first[0]} ({first[1]}) has one class, {first[2].pop()}, and two or more are to be '
+            'told apart; its sub-folders are the classes.'
+        )
+
+
+def _class_folders(dataset: dict) -> tuple[Path, set[str]]:
+    """The folder of a data set, and the names of the classes that its sub-folders are."""
+    folder = Path(dataset.get('data_root') or '').expanduser()
+    kind = str(dataset.get('type'))
+    if kind.endswith('ImageSource'):
+        folder, _ = part_of(folder, dataset.get('split') or 'train')
+        return folder, class_folders(folder)
+    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
+    prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
+    folder = folder / prefix
+    in_folders = prefix or kind.endswith('CustomDataset')
+    labels_in_file = dataset.get('ann_file') or kind.endswith('TinyImageNet')
+    if labels_in_file or not in_folders or not folder.is_dir():
+        return folder, set()
+    return folder, {entry.name for entry in os.scandir(folder) if entry.is_dir()}
 
 
 def check_labels(datasets: dict[str, dict], num_classes: int | None = None) -> None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 from types import SimpleNamespace
 
+import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -12,6 +13,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict, _ParamScheduler
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmpretrain.models import CosineEMA
 from mmpretrain.registry import HOOKS
+from torch import nn
 
 from ser_mm.datasets.exact_split import batch_size_of
 from ser_mm.engine.schedules import spans_run
@@ -50,13 +52,22 @@ class ResumeHook(Hook):
         runner.message_hub.update_info(_BATCH, _images_per_step(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Change a checkpoint that a run resumes from.
+        """Change a checkpoint that a run resumes from, and check the weights of any.
+
+        Of one that a run starts from by ``load_from``, the backbone has to fit; the averages of its
+        momentum branch stay, and their schedule starts anew.
 
         Raises:
-            ResumeError: If the checkpoint is not of a run, was trained for longer than this run, or
-                its position or schedules cannot be converted.
+            ResumeError: If the weights do not fit, if the checkpoint is not of a run, was trained
+                for longer than this run, or its position or schedules cannot be converted.
         """
-        if not runner._resume or runner._has_loaded:
+        if runner._has_loaded:
+            return
+        if not runner._resume:
+            weights = checkpoint.get('state_dict', checkpoint)
+            _check_fit(runner, weights, 'backbone.')
+            for key in _counts_of_averages(runner) & weights.keys():
+                weights[key] = torch.ones_like(weights[key])  # 0 would copy the online branch
             return
         missing = {'state_dict', 'meta', 'message_hub'} - set(checkpoint)
         if missing:
@@ -65,6 +76,7 @@ class ResumeHook(Hook):
                 'on; name a checkpoint of a run, or start from these weights by '
                 '--cfg-options load_from=FILE, without --resume.'
             )
+        _check_fit(runner, checkpoint['state_dict'])
         loop, meta = runner.train_loop, checkpoint['meta']
         saved = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
         before = meta['iter']
@@ -85,6 +97,38 @@ class ResumeHook(Hook):
                 f'iterations, goes on from iteration {meta["iter"]}.',
                 logger='current',
             )
+
+
+def _model(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _check_fit(runner: Runner, weights: dict, start: str = '') -> None:
+    """Refuse a checkpoint that would leave parameters at random: MMEngine logs it, and goes on."""
+    shapes = {key.removeprefix('module.'): getattr(x, 'shape', None) for key, x in weights.items()}
+    own = _model(runner).state_dict(keep_vars=True)
+    needed = {
+        key: x.shape
+        for key, x in own.items()
+        if key.startswith(start) and isinstance(x, nn.Parameter)
+    }
+    resized = (lambda key: key.endswith('pos_embed')) if start else (lambda key: False)
+    odd = [k for k, x in needed.items() if shapes.get(k) != x and not (k in shapes and resized(k))]
+    if not odd:
+        return
+    shape = shapes.get(odd[0])
+    found = 'is missing' if shape is None else f'has shape {tuple(shape)}'
+    more = f' there, as {len(odd) - 1} more do not fit' if len(odd) > 1 else ' there'
+    remedy = 'take a checkpoint and a config of the same model'
+    if start:
+        remedy += (
+            ", or start from the backbone alone by its init_cfg=dict(type='Pretrained', "
+            'checkpoint=FILE), which knows other names, too'
+        )
+    raise ResumeError(
+        f'{runner._load_from} is not of this model: {odd[0]}, {tuple(needed[odd[0]])}, {found}'
+        f'{more}; {remedy}.'
+    )
 
 
 def _images_per_step(runner: Runner) -> int:
@@ -251,9 +295,13 @@ def _replay(schedulers: list[_ParamScheduler], epochs: int, length: int) -> None
 
 def _move_averages(runner: Runner, state_dict: dict, before: int, now: int) -> None:
     """Let the averages whose momentum follows the run count its steps."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    for key in _counts_of_averages(runner) & state_dict.keys() if before else ():
+        state_dict[key] = state_dict[key] * now // before
+
+
+def _counts_of_averages(runner: Runner) -> set[str]:
+    """Names, in a checkpoint, of the numbers of steps that averages have made."""
+    model = _model(runner)
     counts = {id(module.steps) for module in model.modules() if isinstance(module, CosineEMA)}
     # A model may name what it saves otherwise than its modules, as SERAlgorithm does.
-    for key, value in model.state_dict(keep_vars=True).items():
-        if id(value) in counts and key in state_dict and before:
-            state_dict[key] = state_dict[key] * now // before
+    return {k for k, x in model.state_dict(keep_vars=True).items() if id(x) in counts}

@@ -1,8 +1,6 @@
 """The labelled images that an evaluation looks at, from the config of a run."""
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -14,9 +12,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ser_mm.datasets.image_source import class_folders, part_of
 from ser_mm.engine.checks import check_dataset
-from ser_mm.engine.images import check_labels
+from ser_mm.engine.images import check_classes, check_labels
 from ser_mm.evaluation.reading import read_batches, refuse
 from ser_mm.progress import tell_progress
 
@@ -216,49 +213,3 @@ def check_evaluation(
     if labelled:
         check_classes(datasets)
         check_labels(datasets)
-
-
-def check_classes(datasets: dict[str, dict]) -> None:
-    """Check that the class folders of data sets are the same, as their order numbers the classes.
-
-    Args:
-        datasets (dict[str, dict]): Configs by their place in the config. Those without
-            folders are passed over.
-
-    Raises:
-        ValueError: Naming a folder that is missing.
-    """
-    first = None
-    for field, dataset in datasets.items():
-        folder, names = _class_folders(dataset)
-        if not names:  # labels are in a file, as meta/val.txt of ImageNet
-            continue
-        first = first or (field, folder, names)
-        odd = sorted(names ^ first[2])
-        if odd:
-            raise ValueError(
-                f'{field} ({folder}) and {first[0]} ({first[1]}) have different classes: '
-                f'{odd[0]} and {len(odd) - 1} more are in one only; use folders with the same.'
-            )
-    if first and len(first[2]) == 1:
-        raise ValueError(
-            f'{first[0]} ({first[1]}) has one class, {first[2].pop()}, and two or more are to be '
-            'told apart; its sub-folders are the classes.'
-        )
-
-
-def _class_folders(dataset: dict) -> tuple[Path, set[str]]:
-    """The folder of a data set, and the names of the classes that its sub-folders are."""
-    folder = Path(dataset.get('data_root') or '').expanduser()
-    kind = str(dataset.get('type'))
-    if kind.endswith('ImageSource'):
-        folder, _ = part_of(folder, dataset.get('split') or 'train')
-        return folder, class_folders(folder)
-    prefix = dataset.get('data_prefix') or dataset.get('split') or ''
-    prefix = prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
-    folder = folder / prefix
-    in_folders = prefix or kind.endswith('CustomDataset')
-    labels_in_file = dataset.get('ann_file') or kind.endswith('TinyImageNet')
-    if labels_in_file or not in_folders or not folder.is_dir():
-        return folder, set()
-    return folder, {entry.name for entry in os.scandir(folder) if entry.is_dir()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ser_mm.datasets.sequence_folder import VIDEOS
 from ser_mm.datasets.transforms.corrupt import SEVERITIES
 from ser_mm.engine.checks import check_dataset
-from ser_mm.evaluation.data import check_classes
+from ser_mm.engine.images import check_classes
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.results import make_table
 

@@ -237,7 +237,7 @@ def run_config(
         name = ','.join(f'{key}={x:g}' for key, x in settings.items()) or 'SER'
         name = 'views_only' if settings == dict(loss_weight=0.0) else name
     follow_max_epochs(own)
-    own.randomness = dict(seed=seed)
+    own.randomness = dict(own.get('randomness') or {}, seed=seed)
     own.work_dir = str(work_dir / config.stem.removeprefix('ser_') / f'seed{seed}' / name)
     return own
 

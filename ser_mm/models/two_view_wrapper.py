@@ -16,7 +16,7 @@ from ser_mm.models.data_preprocessor import SERDataPreprocessor
 from ser_mm.models.foreach_ema import use_foreach_update
 from ser_mm.views import ViewBatch
 
-_PIXELS = {'mean', 'std', 'to_rgb'}
+_PIXELS = {'mean', 'std'}
 
 
 class TwoViewWrapper(BaseModel):
@@ -196,7 +196,7 @@ def _preprocessor(
     stride = backbone.token_map_stride
     if not isinstance(given, nn.Module):
         config = {**(inner or {}), **(given or {})}
-        if given and not _PIXELS.isdisjoint(given):  # mean, std and order belong together
+        if given and not _PIXELS.isdisjoint(given):  # mean and std belong together
             config = {k: v for k, v in config.items() if k not in _PIXELS or k in given}
         kind = config.get('type', 'SelfSupDataPreprocessor')
         kind = MODELS.get(kind) if isinstance(kind, str) else kind

@@ -287,6 +287,21 @@ def test_accumulated_gradients_have_the_hook_of_the_momentum_branch():
     assert added == ['ResumeHook', 'MomentumUpdateHook']
 
 
+def test_the_learning_rate_is_scaled_by_the_images_of_a_step():
+    """Of all passes that make one; once, also from the config that a run has written."""
+    for passes, expected in ((1, 1024), (4, 256)):
+        cfg = Config(
+            dict(
+                model=dict(type='MoCoV3'),
+                auto_scale_lr=dict(base_batch_size=1024),
+                optim_wrapper=dict(accumulative_counts=passes),
+            )
+        )
+        for _ in range(2):
+            merge_args(cfg, parse_args(['config.py', '--auto-scale-lr']))
+            assert cfg.auto_scale_lr.base_batch_size == expected and cfg.auto_scale_lr.enable
+
+
 @pytest.mark.parametrize(
     ('launcher', 'variable', 'given'),
     [

@@ -198,6 +198,10 @@ def test_different_ratios_are_refused(folder):
     both = dict(type='ConcatDataset', datasets=[dataset(folder, 0.1), dataset(folder, 0.2)])
     with pytest.raises(ValueError, match=r'equi_ratio=\[0.1, 0.2\]; give all the same'):
         split_batches(loader(both))
+    # Images drawn for b2 from a data set that has none would be in b1.
+    some = dict(type='ConcatDataset', datasets=[dataset(folder, 0.25), dataset(folder, 0.0)])
+    with pytest.raises(ValueError, match=r'equi_ratio=\[0.0, 0.25\]; give all the same'):
+        split_batches(loader(some))
 
 
 def test_a_batch_that_nobody_assigned_is_refused(folder):

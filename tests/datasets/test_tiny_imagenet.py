@@ -8,7 +8,7 @@ from mmpretrain.registry import DATASETS
 from pycocotools.coco import COCO
 
 from ser_mm.datasets import check_annotations, read_coco, write_tiny_imagenet_boxes
-from ser_mm.evaluation.data import check_classes
+from ser_mm.engine.images import check_classes
 from tests.support.tiny_imagenet import write_tiny_imagenet
 
 

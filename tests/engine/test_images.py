@@ -170,6 +170,17 @@ def test_the_labels_of_a_classifier_fit_its_head(annotated):
     check_class_labels(cfg)  # which pretraining does not look at
 
 
+def test_class_folders_of_a_classifier_are_the_same(tmp_path):
+    """Those of validation were numbered by themselves: accuracies were of other classes."""
+    write_images(tmp_path, *(f'train/{x}/0.png' for x in 'abc'), *(f'val/{x}/0.png' for x in 'ac'))
+    cfg = classifier(dict(type='CustomDataset', data_root='x', pipeline=[]), 3)
+    use_images(cfg, str(tmp_path))
+    with pytest.raises(ValueError, match='have different classes: b and 0 more are in one only'):
+        check_class_labels(cfg)
+    write_images(tmp_path, 'val/b/0.png')
+    check_class_labels(cfg)
+
+
 def test_image_source_in_a_config_is_checked(tmp_path):
     cfg = Config.fromfile(find_config('mocov3_vits16'))
     cfg.train_dataloader.dataset.update(type=ImageSource, data_root=str(tmp_path))

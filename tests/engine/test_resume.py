@@ -252,6 +252,38 @@ def test_a_run_shorter_than_what_is_trained_is_refused(saved, imagenet_tree, tmp
         values_of(imagenet_tree, tmp_path, saved / 'epoch_3.pth', end=2)
 
 
+@pytest.mark.parametrize('how', ['resume_from', 'load_from'])
+def test_weights_of_another_model_are_refused(how, saved, imagenet_tree, tmp_path):
+    """MMEngine logs what does not fit, and trains from random weights."""
+    other = copy.deepcopy(ALGORITHMS['simsiam'])
+    other['algorithm']['backbone']['arch'] = dict(
+        other['algorithm']['backbone']['arch'], feedforward_channels=72
+    )
+    views = short_run.equivariant_views(0.5)
+    with pytest.raises(ResumeError, match=r'epoch_4.pth is not of this model: backbone\.layers'):
+        short_run.run(other, views, imagenet_tree, tmp_path, **{how: saved / 'epoch_4.pth'})
+
+
+def test_a_new_run_from_the_end_of_another(saved, imagenet_tree, tmp_path):
+    """The average stays, and its momentum starts anew: it went on, from 0 upwards."""
+    watch, states = Scheduled(), torch.load(saved / 'epoch_4.pth', weights_only=False)['state_dict']
+    _, found = short_run.run(
+        ALGORITHMS['dino'],
+        short_run.equivariant_views(0.5),
+        imagenet_tree,
+        tmp_path,
+        load_from=saved / 'epoch_4.pth',
+        hooks=[watch],
+        epochs=4,
+    )
+    moved = [values[-2] for values in watch.values.values()]
+    assert len(moved) == 16 and moved == sorted(moved, reverse=True) and moved[-1] < moved[0]
+    name = next(x for x in states if x.startswith('teacher.') and x.endswith('qkv.weight'))
+    (steps,) = (x for x in states if x.startswith('teacher.') and x.endswith('steps'))
+    assert int(found[0][steps]) == 1 and torch.equal(found[0][name], states[name])
+    assert int(found[-1][steps]) == 17
+
+
 def test_ends_in_other_units_are_refused(imagenet_tree, tmp_path):
     """A cosine of 8 iterations for 2 epochs of 4: with 8 images it would be left half-way."""
     cosine = [dict(type='CosineAnnealingLR', T_max=8, end=8, by_epoch=False)]

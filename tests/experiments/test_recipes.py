@@ -15,6 +15,7 @@ from ser_mm.evaluation.conversion import to_timm
 from ser_mm.evaluation.data import build_preprocessor
 from ser_mm.experiments.recipes import (
     BACKBONES,
+    METHODS,
     choose_batch_size,
     list_images,
     pretraining_config,
@@ -44,6 +45,13 @@ def test_a_config_fits_images_and_machine(images, tmp_path):
     assert config(images, tmp_path, batch_size=16, epochs=5).param_scheduler[-1].end == 5
     large = choose_batch_size(10**6)
     assert large >= 64 and choose_batch_size(40) == 5 and choose_batch_size(10**6, 4) == 4 * large
+
+
+def test_the_learning_rate_falls_in_small_batches_too(images, tmp_path):
+    """That of DINO ended at a fixed rate, above what it began with."""
+    for method in METHODS:
+        cfg = config(images, tmp_path, method=method, batch_size=4, epochs=20)
+        assert not any(x.get('eta_min') for x in cfg.param_scheduler), method
 
 
 @pytest.mark.parametrize('name', BACKBONES)

@@ -343,3 +343,14 @@ def test_state_dict_is_that_of_the_wrapped_algorithm_and_ser_neck(name):
     twin = copy.deepcopy(model)
     assert list(twin.state_dict()) == list(model.state_dict())
     twin.load_state_dict(other.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize('to_rgb', [True, False])
+def test_other_pixels_keep_the_order_of_channels(to_rgb):
+    """A mean and a std from outside turned RGB into BGR."""
+    config = copy.deepcopy(ALGORITHMS['simsiam'])
+    config['data_preprocessor'] = dict(mean=[1, 2, 3], std=[4, 5, 6])
+    config['algorithm']['data_preprocessor'] = dict(mean=[0] * 3, std=[1] * 3, to_rgb=to_rgb)
+    preprocessor = build(config).data_preprocessor
+    assert preprocessor.mean.flatten().tolist() == [1, 2, 3]
+    assert preprocessor._channel_conversion is to_rgb

@@ -73,6 +73,7 @@ def run(
     log_level='WARNING',
     schedules=None,
     batch_size=4,
+    load_from=None,
 ):
     """Train on ``root``; returns the runner and the states that it went through.
 
@@ -100,7 +101,7 @@ def run(
         param_scheduler=schedules or dict(type='LinearLR', start_factor=0.1, end=4, by_epoch=False),
         default_scope='mmpretrain',
         default_hooks=dict(checkpoint=checkpoint or dict(type='CheckpointHook', interval=1)),
-        load_from=resume_from and str(resume_from),
+        load_from=str(resume_from or load_from or '') or None,
         resume=resume_from is not None,
         custom_hooks=[
             dict(type='EpochSeedHook'),
