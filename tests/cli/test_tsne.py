@@ -34,7 +34,8 @@ def test_two_checkpoints_side_by_side(imagenet_tree, tmp_path):
 
     code = run_command('tsne', *runs, *names, '--classes', 'n00000000', 'dog', *places)
     assert code == (
-        'error: classes dog: choose two or more of n00000000, n00000001, n00000002, n00000003.'
+        'error: classes dog: choose two or more that have images, of n00000000, n00000001, '
+        'n00000002, n00000003.'
     )
     code = run_command('tsne', *runs, *names[:3], *chosen, *places)
     assert code.startswith('error: perplexity 30 needs more than 12 images')
