@@ -218,6 +218,7 @@ def run_config(
         common.pop(EQUI_RATIO, None)
         own.merge_from_dict(common)
         own.merge_from_dict({k: v for k, v in point.items() if k not in (CONFIG, NAME)})
+        _take_pixels(own, cfg_options)
     elif point is None:
         file = config.with_name(config.name.removeprefix('ser_'))
         if file == config or not file.is_file():
@@ -230,6 +231,7 @@ def run_config(
                 own.merge_from_dict({place.replace('.algorithm', '', 1): value})
             elif place != EQUI_RATIO and not place.startswith('model.'):
                 own.merge_from_dict({place: value})
+        _take_pixels(own, cfg_options)
     else:
         own = deepcopy(cfg)
         own.merge_from_dict(point)
@@ -240,6 +242,16 @@ def run_config(
     own.randomness = dict(own.get('randomness') or {}, seed=seed)
     own.work_dir = str(work_dir / config.stem.removeprefix('ser_') / f'seed{seed}' / name)
     return own
+
+
+def _take_pixels(own: Config, cfg_options: Mapping[str, Any]) -> None:
+    """Let another model see the images as SER's is told to, by its preprocessor."""
+    for place, value in cfg_options.items():
+        owner, _, name = place.rpartition('.')
+        if owner == 'model.data_preprocessor' and name in ('mean', 'std', 'to_rgb'):
+            for other in (owner, 'data_preprocessor', 'model.algorithm.data_preprocessor'):
+                if _field(own, other):
+                    own.merge_from_dict({f'{other}.{name}': value})
 
 
 def ser_layer(cfg: Config, run: Config) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ser_mm.engine.configs import find_config
+from ser_mm.evaluation.backbone import build_model
 from ser_mm.experiments.sweeps import costs, load_base, points, report_sweep, run_config
 from tests.support.command import run_command
 from tests.support.paths import ROOT
@@ -27,6 +28,16 @@ def folders(sweep, values=None, config='demo/ser_mocov3', **cfg_options):
         assert own.randomness.seed == 7
         found[value] = own
     return found
+
+
+def test_all_arms_see_the_same_pixels():
+    """The baseline kept the mean and std of its config, whatever SER's were set to."""
+    options = {'model.data_preprocessor.mean': [1, 2, 3], 'model.data_preprocessor.std': [4, 5, 6]}
+    for sweep in ('gradient', 'addons'):
+        for name, cfg in folders(sweep, **options).items():
+            preprocessor = build_model(cfg).data_preprocessor
+            found = [x.flatten().tolist() for x in (preprocessor.mean, preprocessor.std)]
+            assert found == [[1, 2, 3], [4, 5, 6]] and preprocessor._channel_conversion, name
 
 
 def names(found):
