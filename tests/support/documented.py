@@ -219,6 +219,9 @@ COMMANDS = {
         'ser-mm compare --config ser_mocov3_tiny_imagenet --jobs 4',
         'ser-mm compare --arms untrained baseline late_cls views_only ser supervised '
         '--seeds 0 1 2 --jobs 2 --train-images 25000 --images 500 --solver lbfgs',
+        'ser-mm compare --arms ser --seeds 0 1 2 --jobs 2 --train-images 25000 --images 500 '
+        '--solver lbfgs --cfg-options model.loss_weight=0.25 --work-dir work_dirs/compare_quarter '
+        '--out work_dirs/compare_quarter/results',
         'ser-mm compare --seeds 0 1 2 --jobs 12 --train-images 25000 --images 500 --solver lbfgs '
         '--measures accuracy equivariance dense cost boxes --work-dir work_dirs/compare_512 '
         '--out work_dirs/compare_512/results --cfg-options '
