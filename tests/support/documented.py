@@ -152,6 +152,8 @@ COMMANDS = {
         'ser-mm compare --jobs 2',
         'ser-mm compare --tables docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json',
         'ser-mm compare --tables '
+        'docs/results/tiny_imagenet/quarter_of_the_weight/mocov3_tiny_imagenet_short.json',
+        'ser-mm compare --tables '
         'docs/results/tiny_imagenet/batches_of_512/mocov3_tiny_imagenet_short.json',
     ],
     'tests/engine/test_compiling.py::test_train_compiled_and_resume_without': [
