@@ -105,6 +105,10 @@ def _model(runner: Runner) -> nn.Module:
 
 def _check_fit(runner: Runner, weights: dict, start: str = '') -> None:
     """Refuse a checkpoint that would leave parameters at random: MMEngine logs it, and goes on."""
+    if is_model_wrapper(runner.model) and not isinstance(
+        runner.model, nn.parallel.DistributedDataParallel
+    ):
+        return  # each rank has a part of the weights
     shapes = {key.removeprefix('module.'): getattr(x, 'shape', None) for key, x in weights.items()}
     own = _model(runner).state_dict(keep_vars=True)
     needed = {
