@@ -118,7 +118,8 @@ class Embedder(nn.Module):
         pipeline = deepcopy(dataset_of(self._cfg, 'val')['pipeline'])
         loads = pipeline and str(pipeline[0].get('type')).rpartition('.')[2].startswith('Load')
         load = TRANSFORMS.build(pipeline.pop(0)) if loads else None
-        prepared, preprocessor = Compose(pipeline), build_preprocessor(self._cfg)
+        prepared = Compose([TRANSFORMS.build(x) for x in pipeline])
+        preprocessor = build_preprocessor(self._cfg)
 
         def prepare(image: str | Path | np.ndarray) -> dict:
             if isinstance(image, np.ndarray):
