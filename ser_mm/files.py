@@ -1,12 +1,12 @@
 """Files that are written whole or not at all, that may be damaged, or that are in use."""
 
 import ctypes
-import glob
 import hashlib
 import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -51,6 +51,8 @@ def replacing(file: str | Path) -> Iterator[Path]:
         yield part
         with open(part, 'rb') as written:
             os.fsync(written.fileno())
+        # What writes may have put another file there, that only its owner may read.
+        os.chmod(part, stat.S_IMODE(os.fstat(lock).st_mode))
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
@@ -76,7 +78,8 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_parts(folder.parent)
-    for left in folder.parent.glob(f'.{glob.escape(folder.name)}.*.old'):
+    own = re.compile(rf'\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.old')
+    for left in [x for x in folder.parent.iterdir() if own.fullmatch(x.name)]:
         if folder.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:  # of a process that was killed between two renames

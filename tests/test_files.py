@@ -7,6 +7,8 @@ import sys
 import textwrap
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ser_mm import files
 from ser_mm.datasets import write_bundled_digits, write_bundled_photos
@@ -225,6 +227,24 @@ with files.replacing_folder(sys.argv[1]) as part:
             fail()
         assert [x.name for x in folder.iterdir()] == ['old.txt']
     assert sorted(x.name for x in tmp_path.iterdir()) == ['figures.json', 'folder']
+
+
+def test_hidden_folders_of_others_stay(tmp_path):
+    mine = tmp_path / '.folder.of_last_year.old'
+    mine.mkdir()
+    for _ in range(2):
+        with replacing_folder(tmp_path / 'folder') as part:
+            (part / 'text').write_text('text')
+    assert mine.is_dir()
+
+
+def test_a_file_may_be_read_by_whom_others_may(tmp_path):
+    """That of safetensors, which puts a new one in its place, was for its owner alone."""
+    write_text(tmp_path / 'text', 'text')
+    with replacing(tmp_path / 'weights.safetensors') as part:
+        save_file(dict(a=torch.zeros(1)), part)
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_folder_that_another_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):

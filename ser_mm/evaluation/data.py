@@ -51,6 +51,15 @@ def evaluation_pipeline(cfg: Config) -> list[dict]:
     return next((list(pipeline) for pipeline in found if pipeline is not None), [])
 
 
+def begins_by_loading(pipeline: Sequence[dict]) -> bool:
+    """Whether transforms begin with one that loads a file; others are of images in memory.
+
+    Args:
+        pipeline (Sequence[dict]): Configs of transforms.
+    """
+    return bool(pipeline) and str(pipeline[0]['type']).rpartition('.')[2].startswith('Load')
+
+
 def build_loader(
     cfg: Config,
     split: str,

@@ -26,6 +26,7 @@ from ser_mm.evaluation.angles import accuracy_by_angle
 from ser_mm.evaluation.backbone import token_maps_of
 from ser_mm.evaluation.correspondence import correspondence_by_layer
 from ser_mm.evaluation.data import (
+    begins_by_loading,
     build_loader,
     build_preprocessor,
     evaluation_pipeline,
@@ -306,9 +307,8 @@ class _Run:
     def segmentation(self) -> dict[str, Any]:
         classes = max(count_classes(some) for some in self.pairs.values())
         preprocessor, size = build_preprocessor(self.cfg), self.source.batch_size
-        first = next(iter(evaluation_pipeline(self.cfg)), {})
-        loads = str(first.get('type')).rpartition('.')[2].startswith('Load')
-        load = TRANSFORMS.build(dict(first)) if loads else None
+        pipeline = evaluation_pipeline(self.cfg)
+        load = TRANSFORMS.build(dict(pipeline[0])) if begins_by_loading(pipeline) else None
 
         def read(split: str) -> Iterable[tuple[Tensor, Tensor]]:
             pairs = self.pairs[split]

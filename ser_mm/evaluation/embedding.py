@@ -12,7 +12,7 @@ from mmpretrain.registry import DATASETS
 from ser_mm.datasets.image_source import check_images
 from ser_mm.datasets.tar_shards import name_of
 from ser_mm.evaluation.backbone import as_config
-from ser_mm.evaluation.data import evaluation_pipeline
+from ser_mm.evaluation.data import begins_by_loading, evaluation_pipeline
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.files import replacing
 
@@ -79,7 +79,7 @@ def embed_folder(
             f'{cfg.filename} does not say how images are prepared; set evaluation.val to a data '
             'set with a pipeline.'
         )
-    if not str(pipeline[0]['type']).rpartition('.')[2].startswith('Load'):
+    if not begins_by_loading(pipeline):
         raise ValueError(
             f'{cfg.filename} prepares images that are in memory, by {pipeline[0]["type"]}; set '
             'evaluation.val to a data set whose pipeline begins with LoadImageFromFile.'

@@ -32,7 +32,12 @@ from torch import Tensor, nn
 from ser_mm.datasets import LoadChannels
 from ser_mm.datasets.tar_shards import file_of
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
-from ser_mm.evaluation.data import build_loader, build_preprocessor, dataset_of
+from ser_mm.evaluation.data import (
+    begins_by_loading,
+    build_loader,
+    build_preprocessor,
+    dataset_of,
+)
 from ser_mm.evaluation.metrics import check_finite
 from ser_mm.evaluation.reading import ReadBatch, Unreadable, read_batches, refuse
 from ser_mm.files import read_kept, replacing
@@ -116,8 +121,7 @@ class Embedder(nn.Module):
         if not len(images):
             raise ValueError('Embedder.embed: there is no image; give files or arrays.')
         pipeline = deepcopy(dataset_of(self._cfg, 'val')['pipeline'])
-        loads = pipeline and str(pipeline[0].get('type')).rpartition('.')[2].startswith('Load')
-        load = TRANSFORMS.build(pipeline.pop(0)) if loads else None
+        load = TRANSFORMS.build(pipeline.pop(0)) if begins_by_loading(pipeline) else None
         prepared = Compose([TRANSFORMS.build(x) for x in pipeline])
         preprocessor = build_preprocessor(self._cfg)
 

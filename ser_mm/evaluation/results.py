@@ -45,7 +45,8 @@ def make_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     """
     lines = [[f'{x:.3f}' if isinstance(x, float) else str(x) for x in row] for row in rows]
     lines = [list(header), *lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # Below a title are a dash and a colon at least.
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])
     return '\n'.join(
         '| ' + ' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + ' |'

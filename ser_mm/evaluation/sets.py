@@ -17,7 +17,7 @@ from mmengine.dist import is_main_process
 from torch import Tensor, nn
 
 from ser_mm.datasets.image_source import check_images, class_folders
-from ser_mm.evaluation.data import build_loader
+from ser_mm.evaluation.data import begins_by_loading, build_loader
 from ser_mm.evaluation.knn import knn_votes
 from ser_mm.evaluation.metrics import accuracy
 
@@ -43,9 +43,7 @@ def add_sets(cfg: Config, folders: Mapping[str, str | Path]) -> dict[str, list[i
     """
     found = {}
     pipeline = cfg.evaluation.val.get('pipeline') or [] if folders else []
-    if folders and not (
-        pipeline and str(pipeline[0]['type']).rpartition('.')[2].startswith('Load')
-    ):
+    if folders and not begins_by_loading(pipeline):
         raise ValueError(
             f'{next(iter(folders))}: other sets are files, and evaluation.val, '
             f'{cfg.evaluation.val.type}, has no transforms that begin with reading one; set '

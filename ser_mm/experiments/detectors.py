@@ -123,7 +123,10 @@ def _score(cfg: Config, metrics: Sequence[str]) -> dict[str, float]:
     from mmdet.apis import init_detector  # slow to import
 
     detector = init_detector(deepcopy(cfg), final_checkpoint(cfg), device=get_device())
-    loader = Runner.build_dataloader(cfg.test_dataloader)
+    reading = deepcopy(cfg.test_dataloader)
+    if not reading.get('num_workers'):
+        reading.persistent_workers = False  # as ser-mm test: torch refuses it
+    loader = Runner.build_dataloader(reading)
     evaluator = Evaluator(deepcopy(cfg.test_evaluator))
     evaluator.dataset_meta = loader.dataset.metainfo
     with torch.no_grad():

@@ -175,13 +175,22 @@ def pretraining_config(
 
 
 def _tells_classes_apart(evaluation: ConfigDict) -> bool:
-    """Whether sub-folders are classes, with images to train on and to validate."""
+    """Whether sub-folders are classes, the same of images to train on and to validate."""
     try:
-        list_images(evaluation.val)
+        val = list_images(evaluation.val).metainfo['classes']
     except ValueError:
         list_images({**evaluation.val, 'with_label': False})  # if it is not that each holds one
         return False
-    return len(list_images(evaluation.train).metainfo['classes']) > 1
+    train = list_images(evaluation.train).metainfo['classes']
+    if train[: len(val)] != val:  # or else their numbers are the same
+        odd = sorted(set(train) ^ set(val))
+        print(
+            f'Sub-folders of the images to train on and to validate differ ({odd[0]} and '
+            f'{len(odd) - 1} more are in one only), so they are taken for no classes: there will '
+            'be no accuracies.'
+        )
+        return False
+    return len(train) > 1
 
 
 def _digest(*datasets: Any) -> str:

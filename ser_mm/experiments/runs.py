@@ -3,9 +3,7 @@
 import ctypes
 import math
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import DATASETS
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.logs import read_scalars
@@ -338,7 +337,7 @@ def _describe(name: str, cfg: Config, status: int) -> str:
 def _settings(text: str) -> dict:
     """What a run depends on: its config, but for where it is kept and how it is evaluated."""
     cfg = Config.fromstring(text, '.py').to_dict()
-    other = 'work_dir', 'evaluation', 'eval_pipeline', 'images'
+    other = 'work_dir', 'evaluation', 'eval_pipeline', 'images'  # the last tells of changed ones
     return {k: v for k, v in cfg.items() if k not in other}
 
 
@@ -346,24 +345,9 @@ def _command(cfg: Config, gpus: int | None, variables: Mapping[str, str]) -> lis
     train = [sys.executable, '-m']
     if gpus:
         train += ['torch.distributed.run', f'--nproc_per_node={gpus}']
-        train += [f'--master_port={variables.get("PORT") or _free_port()}', '-m']
+        train += [f'--master_port={variables.get("PORT") or get_free_port()}', '-m']
     train += ['ser_mm.cli.train', f'{cfg.work_dir}.py', '--work-dir', cfg.work_dir, '--resume']
     return [*train, '--launcher', 'pytorch'] if gpus else train
-
-
-def _free_port() -> int:
-    """A port that nothing listens on, below those that Linux gives to whoever asks for any."""
-    draw = random.SystemRandom()  # two processes may have one seed
-    for left in reversed(range(100)):
-        port = draw.randrange(20000, 32000)
-        with socket.socket() as tried:
-            try:
-                tried.bind(('', port))
-                break
-            except OSError:
-                if not left:
-                    raise
-    return port
 
 
 def _environment(slot: int, jobs: int, gpus: int | None, beside: int) -> dict[str, str]:

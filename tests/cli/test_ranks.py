@@ -5,6 +5,7 @@ import json
 import pytest
 import torch.distributed as dist
 
+from ser_mm.datasets import BundledPhotos
 from tests.support.command import run_command
 from tests.support.probed import config, write_checkpoint
 from tests.support.two_ranks import on_two_ranks
@@ -14,6 +15,19 @@ def _on_rank(rank, commands, folder):
     for i, command in enumerate(commands):
         assert run_command(*command, '--launcher', 'pytorch') is None  # and the group is closed
         dist.init_process_group('gloo', f'file://{folder}/store{i}', rank=rank, world_size=2)
+
+
+def _list_on_one_rank(rank, folder):
+    if rank == 0:
+        BundledPhotos(data_root=folder, train_per_picture=1, val_per_picture=1, pipeline=[])
+    found = [None, None]
+    dist.all_gather_object(found, rank)
+    return found
+
+
+def test_the_demo_s_images_may_be_listed_by_one_rank(tmp_path):
+    """A barrier met what the other rank waited at, and both waited for ever."""
+    assert on_two_ranks(_list_on_one_rank, str(tmp_path / 'photos')) == [[0, 1], [0, 1]]
 
 
 @pytest.mark.slow

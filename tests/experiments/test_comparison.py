@@ -7,6 +7,7 @@ import pytest
 from mmengine.config import Config
 
 from ser_mm.engine.configs import find_config
+from ser_mm.evaluation.metrics import paired_difference
 from ser_mm.evaluation.results import format_mean
 from ser_mm.evaluation.robustness import CORRUPTIONS
 from ser_mm.experiments import measures
@@ -377,3 +378,32 @@ def test_whole_chain_goes_on_where_it_was(tmp_path, capsys):
     capsys.readouterr()
     assert run_command('compare', '--tables', file) is None
     assert capsys.readouterr().out.strip() == file.with_suffix('.md').read_text().strip()
+
+
+def test_differences_of_the_quarter_are_those_of_its_results():
+    """Paired by seed, across two files."""
+    folder = ROOT / 'docs/results/tiny_imagenet'
+    arms: dict = {}
+    for part in ('', 'quarter_of_the_weight/'):
+        file = folder / f'{part}mocov3_tiny_imagenet_short.json'
+        for run in json.loads(file.read_text())['runs']:
+            arms.setdefault(f'{part}{run["arm"]}', {})[run['seed']] = run
+    page = (folder.parent / 'tiny_imagenet.md').read_text()
+    rows = {
+        'linear probe': 'probe',
+        'k-NN': 'knn',
+        'R2 at SER layer': 'r2',
+        'correspondence, quarter turns, last block': 'matched_turns_last',
+        'correspondence, affine, last block': 'matched_last',
+        'position R2, last block': 'position_last',
+        'box mAP, frozen': 'box_map',
+    }
+    quarter = arms['quarter_of_the_weight/SER']
+    for title, key in rows.items():
+        cells = [title]
+        for other in ('baseline', 'views only', 'SER'):
+            pairs = [[arm[seed][key] for seed in (0, 1, 2)] for arm in (quarter, arms[other])]
+            found = paired_difference(*pairs)
+            low, high = found['interval']
+            cells.append(f'{found["mean"]:+.3f}, {low:+.3f} to {high:+.3f}')
+        assert f'| {" | ".join(cells)} |' in page

@@ -317,6 +317,7 @@ def score_again(cfg, checkpoint):
     cfg.update(load_from=checkpoint, work_dir=f'{cfg.work_dir}_again')
     cfg.train_dataloader = cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.experiment_name = checkpoint.replace('/', '_')
+    cfg.test_dataloader.persistent_workers = False
     with DefaultScope.overwrite_default_scope('mmdet'):
         return Runner.from_cfg(cfg).test()
 
@@ -324,9 +325,11 @@ def score_again(cfg, checkpoint):
 @pytest.mark.slow
 def test_a_comparison_that_is_killed_goes_on_and_keeps_what_is_done(data):
     work = data.parent / 'work'
-    call = arguments(data, modes=['unfrozen'], shares=[0.5])
+    # As a config of many workers, of which somebody wants none: detectors were trained in vain.
+    quick = QUICK | {'test_dataloader.persistent_workers': True}
+    call = arguments(data, modes=['unfrozen'], shares=[0.5], cfg_options=quick)
     names = [f'{name}={file}' for name, file in call['backbones'].items()]
-    options = [f'{key}={value}' for key, value in QUICK.items()]
+    options = [f'{key}={value}' for key, value in quick.items()]
     command = [sys.executable, '-m', 'ser_mm.cli.detect', call['config'], '--work-dir', work]
     command += ['--train', call['train'], '--val', call['val'], '--images', call['images']]
     command += ['--backbones', *names, '--modes', 'unfrozen', '--shares', '0.5']

@@ -231,6 +231,20 @@ def test_folders_of_one_image_each_are_no_classes(images, tmp_path):
         config(tmp_path / 'divided', tmp_path)
 
 
+def test_other_folders_to_validate_are_no_classes(images, tmp_path, capsys):
+    """Accuracies were reported of classes that have nothing in common but their numbers."""
+    for split, names in dict(train='ab', val='yz', again='ab', fewer='a').items():
+        for number, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                shutil.copy(images / f'{6 * number + i}.jpg', tmp_path / split / name)
+    for split, labels in dict(val=False, again=True, fewer=True).items():
+        cfg = config(tmp_path / 'train', tmp_path, val_data=tmp_path / split)
+        assert cfg.evaluation.val.with_label is labels
+        told = 'Sub-folders of the images to train on and to validate differ (a and 3 more'
+        assert (told in capsys.readouterr().out) is not labels
+
+
 def test_images_that_would_hold_the_pictures_are_refused(images, tmp_path):
     for data, out in ((tmp_path, tmp_path / 'out'), (images, images)):
         with pytest.raises(ValueError, match='is in --data .*; choose a folder elsewhere'):
