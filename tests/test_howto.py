@@ -79,4 +79,8 @@ def test_features_by_onnx(here):
     with torch.no_grad():
         expected = network(torch.from_numpy(found['image'])[None])[-1]
     assert found['data']['input_size'] == [3, 224, 224]
+    timm = pytest.importorskip('timm')
+    prepare = timm.data.create_transform(**found['data'])
+    prepared = prepare(Image.open('a.jpg').convert('RGB'))
+    torch.testing.assert_close(torch.from_numpy(found['image']), prepared, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(found['features']), expected, **CLOSE)

@@ -3,7 +3,7 @@
 Any folder does, flat or with sub-folders, with or without labels. The same command resumes what was
 interrupted. In --out are then:
 
-    run.py         the config of the run, to be edited and trained by `ser-mm train`
+    run.py         the config of the run; a copy can be edited, for `ser-mm train --work-dir OTHER`
     run/           checkpoints and logs
     report.html    losses, views, token maps and nearest neighbours; k-NN and a linear probe where
                    sub-folders are classes

@@ -22,7 +22,7 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
             weights, image_size, batch_size, epochs, devices, num_workers, val_data, seed, channels.
 
     Returns:
-        Path: ``out``: the config ``run.py``, to be edited and trained by ``ser-mm train`` too;
+        Path: ``out``: the config ``run.py``, of which a copy can be trained by ``ser-mm train``;
         ``run/``, with checkpoints and logs; ``report.html``, ``figures.json`` and pictures; and,
         where timm is installed, ``timm/``, see
         :func:`~ser_mm.evaluation.export.export_backbone`.
@@ -43,7 +43,8 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     except ValueError as error:
         raise ValueError(
             f'{out} holds a run with other settings, in {RUN}.py; choose another --out, repeat the '
-            'command that it was started with, or remove the folder.'
+            'command that it was started with (where that file is not edited), or remove the '
+            'folder.'
         ) from error
     name = cfg.model.algorithm.type
     print(f'{name} with SER, {cfg.train_cfg.max_epochs} epochs; logs are in {out}', flush=True)
