@@ -117,8 +117,8 @@ def test_explicit_values_win():
     assert model.ser_neck.layers[1].out_features == 8 and model.ser_head.temperature == 0.2
     assert model.data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
     assert model.data_preprocessor.std.flatten().tolist() == [4, 5, 6]
-    # The order of channels is not taken from elsewhere beside them.
-    assert not model.data_preprocessor._channel_conversion
+    # The order of channels is not a matter of its mean and std: it stays the wrapped algorithm's.
+    assert model.data_preprocessor._channel_conversion
     assert model.data_preprocessor.scale == (1, 1)
 
 
