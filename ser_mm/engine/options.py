@@ -6,13 +6,24 @@ import logging
 import os
 import re
 from ast import literal_eval
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import mmengine.registry
+import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.optim import OptimWrapper
+from mmengine.registry import RUNNERS, Registry
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    LogProcessor,
+    Runner,
+    TestLoop,
+    ValLoop,
+)
+from torch.utils.data import DataLoader
 
 # What is read from a config beside the Runner's arguments, by MMEngine or by the commands.
 _ALSO_READ = {
@@ -31,6 +42,35 @@ _ALSO_READ = {
 _PATH = re.compile(
     r'(?:^|(?<!drop)_)(?:root|prefix|file|dir|path|folder|checkpoint|pretrained|load_from)$'
 )
+# What MMEngine makes of a dict that need not name its type.
+_DEFAULT_TYPES: dict[str, Callable] = {
+    'train_dataloader': DataLoader,
+    'val_dataloader': DataLoader,
+    'test_dataloader': DataLoader,
+    'val_cfg': ValLoop,
+    'test_cfg': TestLoop,
+    'optim_wrapper': OptimWrapper,
+    'log_processor': LogProcessor,
+    'compile': torch.compile,
+}
+# Of dicts that are no object's.
+_FIELDS = {
+    'default_hooks': {
+        *('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint'),
+        'visualization',  # OpenMMLab's configs have it
+    },
+    'evaluation': {'train', 'val', 'prefix'},
+    'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
+    'randomness': {'seed', 'deterministic', 'diff_rank_seed'},
+    'auto_scale_lr': {'enable', 'base_batch_size'},
+}
+# What MMEngine takes out of a dict before its object is built.
+TAKEN_OUT = {
+    *('type', '_scope_', '_delete_', 'priority', 'constructor', 'paramwise_cfg'),
+    *('num_batch_per_epoch', 'convert_to_iter_based', 'by_epoch'),
+}
+# In place of a name that is close to one of a class that takes names beyond its own.
+_CLOSE = 0.9
 _MISSING = object()
 _NAMED = {'true': True, 'false': False}
 _BRACKETS = {'[': ']', '(': ')'}
@@ -66,8 +106,8 @@ def resolve_options(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         dict[str, Any]: Values by the place, for ``cfg.merge_from_dict``.
 
     Raises:
-        ValueError: If nothing reads the field, its place is not in the config, or the brackets of
-            a list do not match.
+        ValueError: If nothing reads the field, the class it is set for does not take it, its place
+            is not in the config, or the brackets of a list do not match.
 
     Example:
         >>> cfg = Config(dict(data_root='data', model=dict(depths=[1, 2])))
@@ -78,6 +118,8 @@ def resolve_options(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         existing = _find(cfg, key)
         _check_is_read(cfg, key)
+        if existing is _MISSING:
+            _check_is_taken(cfg, key, options)
         try:
             resolved[key] = _meaning(key, value, existing) if isinstance(value, str) else value
         except _Brackets as error:
@@ -162,6 +204,92 @@ def _check_is_read(cfg: Config, key: str) -> None:
             'current',
             logging.WARNING,
         )
+
+
+def _check_is_taken(cfg: Config, key: str, options: Mapping[str, Any]) -> None:
+    """Refuse a new field that what is built from its dict does not take."""
+    node, place = cfg._cfg_dict, ''
+    for part in key.split('.'):
+        if isinstance(node, dict) and part not in node and (place or part == key):
+            break
+        node = node.get(part, {}) if isinstance(node, dict) else node[int(part)]
+        place = f'{place}.{part}'.lstrip('.')
+    named = (f'{place}.{part}', f'{place}.{part}.type')
+    if place == 'default_hooks' and not options.keys().isdisjoint(named):  # a hook of that name
+        return
+    if not isinstance(node, dict) or not place:
+        return
+    kind = options.get(f'{place}.type', node.get('type'))
+    found = takes(cfg, place, {**node, 'type': kind} if kind else node)
+    if found is None:
+        return
+    names, more = found
+    near = difflib.get_close_matches(part, names - {part}, n=1, cutoff=_CLOSE if more else 0.6)
+    if part in names or part in TAKEN_OUT or (more and not near):
+        return
+    deeper = next((x for x in _walk(place, node) if x.endswith(f'.{part}')), None)
+    if near or deeper:
+        remedy = f'did you mean {f"{place}.{near[0]}" if near else deeper}?'
+    else:
+        remedy = f'it takes {", ".join(sorted(names)) or "none"}.'
+    owner = place if kind is None else f'{place}, {getattr(kind, "__name__", kind)},'
+    raise ValueError(f'--cfg-options {key}: {owner} has no field {part}; {remedy}')
+
+
+def _walk(place: str, node: Any) -> Iterator[str]:
+    """Places of all dicts in a dict, the upper ones first."""
+    inner = [(f'{place}.{k}', v) for k, v in node.items() if isinstance(v, dict)]
+    yield from (name for name, _ in inner)
+    for name, child in inner:
+        yield from _walk(name, child)
+
+
+def takes(cfg: Config, place: str, node: Mapping) -> tuple[set[str], bool] | None:
+    """Which fields a dict of a config may have, but for what MMEngine takes out of any.
+
+    Args:
+        cfg (Config): The config.
+        place (str): Place of the dict, as in 'model.backbone'.
+        node (Mapping): The dict.
+
+    Returns:
+        tuple[set[str], bool], optional: Their names, and whether there may be others. None if that
+        is not known.
+    """
+    if place in _FIELDS:
+        return _FIELDS[place], False
+    if '.' in place and place.endswith('_cfg'):  # of a layer, from which its builder takes more
+        return None
+    kind = node.get('type', _DEFAULT_TYPES.get(place))
+    if kind is None and place == 'train_cfg':
+        kind = EpochBasedTrainLoop if node.get('by_epoch', True) else IterBasedTrainLoop
+    kinds = _registered(kind, cfg.get('default_scope')) if isinstance(kind, str) else [kind]
+    found = [_parameters(kind) for kind in kinds if callable(kind)]
+    if not found:
+        return None
+    return set().union(*(names for names, _ in found)), any(more for _, more in found)
+
+
+def _registered(name: str, scope: str | None) -> list[Callable]:
+    """What a type may stand for, in any registry."""
+    roots = [x for x in vars(mmengine.registry).values() if isinstance(x, Registry)]
+    found = [root.children.get(scope, root).get(name) for root in roots]
+    return [kind for kind in found if kind]
+
+
+def _parameters(kind: Callable) -> tuple[set[str], bool]:
+    """Names of the parameters, with those that a class hands on, and whether there are others."""
+    names: set[str] = set()
+    more = False
+    for owner in kind.__mro__[:-1] if isinstance(kind, type) else [kind]:
+        if isinstance(owner, type) and '__init__' not in vars(owner):
+            continue
+        parameters = inspect.signature(owner).parameters.values()
+        names |= {x.name for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)}
+        more = any(x.kind is x.VAR_KEYWORD for x in parameters)
+        if not more:
+            break
+    return names, more
 
 
 def _places(place: str, node: Any, name: str, value: Any) -> Iterator[str]:

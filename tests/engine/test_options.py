@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ser_mm.engine.configs import find_config
-from ser_mm.engine.options import resolve_options, set_options
+from ser_mm.engine.options import TAKEN_OUT, resolve_options, set_options, takes
 
 CFG = dict(
     depths=[1, 2],
@@ -121,6 +121,77 @@ def test_a_variable_of_the_config_file_names_what_is_read(key):
         assert place in str(error.value)
         set_options(cfg, {place: '7'})  # the advice works
         assert str(resolve_options(cfg, {place: '7'})[place]) == '7'
+
+
+UNTAKEN = {
+    'default_hooks.checkpoint.intervall': 'did you mean default_hooks.checkpoint.interval?',
+    'default_hooks.checkpont.interval': 'did you mean default_hooks.checkpoint?',
+    'custom_hooks.0.x': 'EpochSeedHook, has no field x; it takes none.',
+    'model.loss_wieght': 'SERAlgorithm, has no field loss_wieght; did you mean model.loss_weight?',
+    'model.backbone.depth': 'has no field backbone; did you mean model.algorithm.backbone?',
+    'evaluation.vall': 'did you mean evaluation.val?',
+    'evaluation.val.pipelin': 'did you mean evaluation.val.pipeline?',
+    'train_cfg.max_epoch': 'did you mean train_cfg.max_epochs?',
+    'train_dataloader.num_worker': 'did you mean train_dataloader.num_workers?',
+    'optim_wrapper.optimizer.momentum': 'AdamW, has no field momentum; it takes amsgrad, betas,',
+    'param_scheduler.0.foo': 'LinearLR, has no field foo; it takes begin, by_epoch, end,',
+    'randomness.sed': 'did you mean randomness.seed?',
+    'env_cfg.cudnn': 'it takes cudnn_benchmark, dist_cfg, mp_cfg, resource_limit.',
+    'log_processor.window': 'did you mean log_processor.window_size?',
+}
+
+
+@pytest.mark.parametrize('key', UNTAKEN)
+def test_fields_that_nothing_takes_are_refused(key):
+    """Some were ignored; the interval failed when the first checkpoint was written."""
+    cfg = Config.fromfile(find_config('ser_mocov3_vits16'))
+    with pytest.raises(ValueError) as error:
+        resolve_options(cfg, {key: '1'})
+    assert UNTAKEN[key] in str(error.value) and '\n' not in str(error.value)
+
+
+def test_new_fields_that_something_takes():
+    cfg = Config.fromfile(find_config('ser_mocov3_vits16'))
+    set_options(
+        cfg,
+        {
+            'default_hooks.checkpoint.save_optimizer': 'False',
+            'default_hooks.mine.type': 'CheckpointHook',
+            'default_hooks.mine.interval': '2',
+            'optim_wrapper.optimizer.type': 'SGD',
+            'optim_wrapper.optimizer.momentum': '0.9',
+            'optim_wrapper.clip_grad.max_norm': '1',
+            'model.algorithm.backbone.init_cfg.checkpoint': 'a.pth',
+            'evaluation.val.indices': '5',
+            'custom_hooks.0.priority': 'LOW',
+        },
+    )
+    assert cfg.default_hooks.mine == dict(type='CheckpointHook', interval=2)
+
+
+CONFIGS = find_config('ser_mocov3_vits16').parent
+SHIPPED = sorted(file for file in CONFIGS.rglob('*.py') if '_base_' not in str(file))
+
+
+@pytest.mark.parametrize('file', SHIPPED, ids=lambda file: file.stem)
+def test_fields_of_shipped_configs_are_taken(file):
+    """What the check knows of a class is what the class takes."""
+    cfg = Config.fromfile(file)
+    found = 0
+    for place, node in _dicts('', cfg._cfg_dict):
+        known = takes(cfg, place, node)
+        if known and not known[1]:
+            found += 1
+            assert node.keys() <= known[0] | TAKEN_OUT, place
+    assert found > 10
+
+
+def _dicts(place, node):
+    if isinstance(node, dict) and place:
+        yield place, node
+    if isinstance(node, dict | list | tuple):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _dicts(f'{place}.{name}'.lstrip('.'), child)
 
 
 def test_variables_that_code_of_the_user_may_read():
