@@ -164,18 +164,30 @@ def _find(cfg: Config, key: str) -> Any:
     return node
 
 
-def _check_is_read(cfg: Config, key: str) -> None:
-    """Refuse a field that nothing reads: a slip, or a variable whose value was copied."""
-    top, _, rest = key.partition('.')
+def read_fields(cfg: Config) -> set[str]:
+    """Fields of the first level that MMEngine or a command may read.
+
+    Args:
+        cfg (Config): The config, by whose ``runner_type`` the Runner is chosen.
+
+    Returns:
+        set[str]: Their names. Others are variables, of which a config file holds copies elsewhere.
+    """
     runner = Runner
     if isinstance(cfg.get('runner_type'), str):
         runner = RUNNERS.get(cfg.runner_type) or Runner
-    read = {*inspect.signature(runner).parameters, *_ALSO_READ} - {'cfg'}
+    return {*inspect.signature(runner).parameters, *_ALSO_READ} - {'cfg'}
+
+
+def _check_is_read(cfg: Config, key: str) -> None:
+    """Refuse a field that nothing reads: a slip, or a variable whose value was copied."""
+    top, _, rest = key.partition('.')
+    read = read_fields(cfg)
     # Models of these configs have a data_preprocessor of their own, a copy too.
     if top in read and not (top == 'data_preprocessor' and top in cfg):
         return
     if top not in cfg:
-        near = difflib.get_close_matches(top, read, n=1)
+        near = difflib.get_close_matches(top, read, n=1) or _deeper(cfg, '', top)
         known = ', '.join(sorted(read.intersection(cfg)))
         remedy = f'did you mean {near[0]}?' if near else f'those that are read are {known}.'
         raise ValueError(f'--cfg-options {key}: the config has no field {top}; {remedy}')
@@ -227,21 +239,18 @@ def _check_is_taken(cfg: Config, key: str, options: Mapping[str, Any]) -> None:
     near = difflib.get_close_matches(part, names - {part}, n=1, cutoff=_CLOSE if more else 0.6)
     if part in names or part in TAKEN_OUT or (more and not near):
         return
-    deeper = next((x for x in _walk(place, node) if x.endswith(f'.{part}')), None)
-    if near or deeper:
-        remedy = f'did you mean {f"{place}.{near[0]}" if near else deeper}?'
-    else:
-        remedy = f'it takes {", ".join(sorted(names)) or "none"}.'
+    near = [f'{place}.{x}' for x in near] or _deeper(node, f'{place}.', part)
+    takes_these = f'it takes {", ".join(sorted(names)) or "none"}.'
+    remedy = f'did you mean {near[0]}?' if near else takes_these
     owner = place if kind is None else f'{place}, {getattr(kind, "__name__", kind)},'
     raise ValueError(f'--cfg-options {key}: {owner} has no field {part}; {remedy}')
 
 
-def _walk(place: str, node: Any) -> Iterator[str]:
-    """Places of all dicts in a dict, the upper ones first."""
-    inner = [(f'{place}.{k}', v) for k, v in node.items() if isinstance(v, dict)]
-    yield from (name for name, _ in inner)
-    for name, child in inner:
-        yield from _walk(name, child)
+def _deeper(node: Mapping, start: str, name: str) -> list[str]:
+    """Places of a name further down in a dict, the first level's before the second's."""
+    inner = {f'{start}{k}.': v for k, v in node.items() if isinstance(v, dict)}
+    found = [f'{place}{name}' for place, child in inner.items() if name in child]
+    return found + [x for place, child in inner.items() for x in _deeper(child, place, name)]
 
 
 def takes(cfg: Config, place: str, node: Mapping) -> tuple[set[str], bool] | None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+
 from ser_mm.evaluation.export import export_backbone
 from ser_mm.experiments.channels import describe
 from ser_mm.experiments.recipes import RUN, pretraining_config, processes
@@ -54,7 +56,7 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     checkpoint = final_checkpoint(cfg)
     # What needs no images comes first: some may be unreadable.
     try:
-        usage = export_backbone(cfg, checkpoint, out / 'timm')
+        usage = export_backbone(Config.fromfile(f'{cfg.work_dir}.py'), checkpoint, out / 'timm')
         print(f'{out / "timm"} is for timm:\n\n{usage}')
     except ImportError as error:  # the run has all else
         print(error)

@@ -18,6 +18,7 @@ from ser_mm.engine.checkpointing import written_checkpoints
 from ser_mm.engine.configs import find_config, shipped_configs
 from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.images import use_images
+from ser_mm.engine.options import read_fields
 from ser_mm.engine.pretrained import start_from
 from ser_mm.engine.schedules import follow_max_epochs
 from ser_mm.evaluation.data import spaced_indices
@@ -171,6 +172,9 @@ def pretraining_config(
     if kept:
         interval = kept.default_hooks.logger.interval
     cfg.default_hooks.logger.interval = interval
+    # The file that is written has no variables, whose copies a user might leave as they are.
+    for name in cfg.keys() - read_fields(cfg) - {'custom_imports', 'images'}:
+        cfg.pop(name)
     return cfg
 
 

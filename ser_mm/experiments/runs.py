@@ -21,6 +21,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from ser_mm.engine.cpu import count_cores
 from ser_mm.engine.logs import read_scalars
+from ser_mm.engine.options import read_fields
 from ser_mm.files import locked, write_text
 from ser_mm.progress import SECONDS
 
@@ -106,7 +107,10 @@ def check_settings(cfg: Config) -> None:
             f'({type(error).__name__}: {error}); remove this file if they are the same as now, '
             'or else choose another --work-dir.'
         ) from error
-    if kept != _settings(cfg.pretty_text):
+    now = _settings(cfg.pretty_text)
+    # Earlier versions of `ser-mm pretrain` wrote variables too, which nothing reads.
+    read = {*now, 'inputs', *read_fields(cfg)}
+    if {k: v for k, v in kept.items() if k in read} != now:
         raise ValueError(
             f'{cfg.work_dir} holds a run with other settings ({config}); remove it or choose '
             'another --work-dir.'

@@ -76,6 +76,7 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
     assert done.returncode == 0, done.stderr
     assert 'Epoch(train) [1]' not in (out / 'run.log').read_text()
     assert 'R2 after block 3' in done.stdout
+    assert 'of `run.py`' in (out / 'timm' / 'README.md').read_text()
     pictures = {file.name for file in (out / 'pictures').iterdir()}
     assert pictures == {f'{x}.png' for x in ('losses', 'views', 'token_maps', 'neighbours')}
     page = (out / 'report.html').read_text()

@@ -7,9 +7,11 @@ import tarfile
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from safetensors.torch import save_file
 
+from ser_mm.engine.options import read_fields, resolve_options
 from ser_mm.evaluation.backbone import build_model
 from ser_mm.evaluation.conversion import to_timm
 from ser_mm.evaluation.data import build_preprocessor
@@ -157,6 +159,19 @@ def test_a_run_goes_on_when_images_are_removed(images, tmp_path):
         cfg.train_dataloader.dataset.pop('data_root')
         cfg.pop('evaluation'), cfg.pop('test_dataloader'), cfg.pop('images')
     assert again.to_dict() == first.to_dict()
+
+
+def test_the_file_of_a_run_has_what_is_read_alone(images, tmp_path):
+    """A variable beside its copies, edited or set by an option, changed nothing."""
+    (tmp_path / 'out').mkdir()
+    file = tmp_path / 'out' / 'run.py'
+    file.write_text(config(images, tmp_path).pretty_text)
+    cfg = Config.fromfile(file)
+    assert cfg.keys() - read_fields(cfg) == {'custom_imports', 'images'}
+    with pytest.raises(ValueError, match='no field max_epochs; did you mean train_cfg.max_epochs'):
+        resolve_options(cfg, {'max_epochs': '3'})
+    file.write_text('max_epochs = 100\n' + file.read_text())  # as earlier versions wrote it
+    check_settings(config(images, tmp_path))
 
 
 def test_other_images_in_the_folder_of_a_run_are_told(images, tmp_path, capsys):
