@@ -125,8 +125,11 @@ _ADDED = (
 # The parts that hold the weights in checkpoints of MMEngine and Lightning, DeiT and MAE, DINO.
 _HOLDERS = ('state_dict', 'model', 'teacher')
 
-# Names in torch's errors, more than three.
-_LISTS = re.compile(r'"[^"\n]+"(?:, "[^"\n]+"){3,}')
+# What torch and MMEngine tell of weights that do not fit.
+_NAMES = re.compile(
+    r'(missing|unexpected) key(?:s|\(s\))? in (?:source )?state_dict: (.*?)[.\s]*$', re.I | re.M
+)
+_SHAPES = re.compile(r'size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)')
 
 # A prefix of the moving average of another network in the file.
 _AVERAGE = re.compile(r'(?:^|[._])(?:momentum|target|teacher|ema|key|k)(?=[._])')
@@ -165,10 +168,11 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         ``argparse.Namespace`` of other code is a plain object with the same attributes.
 
     Raises:
+        OSError: If there is no such file.
         pickle.UnpicklingError: If the file holds anything else.
         ValueError: If it is not a checkpoint, or a damaged one.
     """
-    data = mmengine.fileio.get(os.path.expanduser(checkpoint))
+    data = read_bytes(checkpoint)
     source = io.BytesIO(data)
     try:
         if _trusted:
@@ -190,6 +194,31 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         raise _damaged(checkpoint, data, error) from error
 
 
+def read_bytes(checkpoint: str) -> bytes:
+    """The content of a checkpoint file.
+
+    Args:
+        checkpoint (str): Path or URL.
+
+    Returns:
+        bytes: As it is.
+
+    Raises:
+        OSError: If there is no such file, with what to name instead.
+    """
+    path = os.path.expanduser(checkpoint)
+    if os.path.isdir(path):
+        inside = sorted(x for x in os.listdir(path) if x.endswith(('.pth', '.pt', '.safetensors')))
+        example = f', such as {inside[-1]}' if inside else ''
+        raise IsADirectoryError(f'{checkpoint} is a folder; name a checkpoint in it{example}.')
+    if '://' not in path and not os.path.exists(path):
+        raise FileNotFoundError(
+            f'{checkpoint} does not exist; name a checkpoint, such as epoch_100.pth in the work '
+            'dir of a run.'
+        )
+    return mmengine.fileio.get(path)
+
+
 def _unsafe(checkpoint: str, error: Exception) -> pickle.UnpicklingError:
     return pickle.UnpicklingError(
         f'{checkpoint} holds more than data, and reading it could run code ({_told(error)}); '
@@ -205,9 +234,11 @@ def _told(error: Exception) -> str:
 
 
 def _damaged(checkpoint: str, data: bytes, error: Exception) -> CheckpointError:
+    told = _told(error) if isinstance(error, pickle.UnpicklingError) else str(error).split('. ')[0]
+    reason = ': '.join(filter(None, [type(error).__name__, told.strip().rstrip('.')]))
     return CheckpointError(
-        f'{checkpoint} ({len(data)} bytes) cannot be read as a checkpoint, '
-        f'{type(error).__name__}: {error}; copy or write it again.'
+        f'{checkpoint} ({len(data)} bytes) cannot be read as a checkpoint ({reason}); copy or '
+        'write it again.'
     )
 
 
@@ -277,6 +308,7 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
 
     Raises:
         ImportError: If the file is of safetensors, which is not installed.
+        OSError: If there is no such file.
         pickle.UnpicklingError: If the file holds anything but tensors and plain data.
         ValueError: If it is not a checkpoint, or a damaged one, or has no weights.
     """
@@ -288,7 +320,7 @@ def read_weights(checkpoint: str) -> dict[str, Tensor]:
                 f'{checkpoint} is read by safetensors, which is not installed: run `pip install '
                 'safetensors`.'
             ) from error
-        data = mmengine.fileio.get(os.path.expanduser(checkpoint))
+        data = read_bytes(checkpoint)
         try:
             return safetensors.torch.load(data)
         except Exception as error:  # of several types, by where the file breaks off
@@ -357,7 +389,7 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
     except RuntimeError as error:
         raise CheckpointError(
             f"{checkpoint} (prefix='{prefix}') does not fit {type(backbone).__name__}; use the "
-            f'backbone config that it was trained with. {_LISTS.sub(_few, str(error))}'
+            f'backbone config that it was trained with. {differences(str(error))}'
         ) from error
     told = f'; left out: {", ".join(left_out)}' if left_out else ''
     print_log(
@@ -367,10 +399,29 @@ def load_backbone(backbone: nn.Module, checkpoint: str, prefix: str | None = Non
     )
 
 
-def _few(names: re.Match) -> str:
-    """The first of the names that torch lists; of another network there are hundreds."""
-    listed = names[0].split(', ')
-    return f'{", ".join(listed[:3])} and {len(listed) - 3} more'
+def differences(told: str) -> str:
+    """The first of what does not fit, in a sentence; of another network it is hundreds of lines.
+
+    Args:
+        told (str): The error of torch, or of MMEngine.
+
+    Returns:
+        str: Three names of each kind, and the number of others.
+    """
+    lists = {x[1].lower(): x[2].replace('"', '').split(', ') for x in _NAMES.finditer(told)}
+    shapes = [f'{x[1]} ({x[2]} there, {x[3]} here)' for x in _SHAPES.finditer(told)]
+    found = {
+        'Missing there': lists.get('missing', []),
+        'not known here': lists.get('unexpected', []),
+        'of other shapes': shapes,
+    }
+    parts = [
+        f'{kind}: {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if names[3:] else '')
+        for kind, names in found.items()
+        if names
+    ]
+    sentence = '; '.join(parts) or told
+    return f'{sentence[0].upper()}{sentence[1:]}.'
 
 
 def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:

@@ -174,16 +174,16 @@ def test_loaded_weights_are_logged_as_loaded(checkpoint, imagenet_tree, tmp_path
 ALTERATIONS = {
     'missing key': (
         lambda weights: weights.pop('backbone.layers.1.ln1.weight'),
-        'Missing key.*layers.1.ln1.weight',
+        'Missing there: .*layers.1.ln1.weight',
     ),
     'missing positions': (lambda weights: weights.pop('backbone.pos_embed'), 'pos_embed'),
     'unused key': (
         lambda weights: weights.update({'backbone.extra.weight': torch.ones(1)}),
-        'Unexpected key.*extra.weight',
+        'Not known here: extra.weight',
     ),
     'wrong shape': (
         lambda weights: weights.update({'backbone.ln1.weight': torch.ones(7)}),
-        'size mismatch for ln1.weight',
+        r'Of other shapes: ln1.weight \(7 there, 48 here\)',
     ),
     'an ordinary ViT': (
         lambda weights: weights.pop('backbone.cls_after'),
@@ -212,10 +212,29 @@ def test_network_that_inserts_cls_elsewhere(checkpoint, cls_layer):
 
 def test_network_of_another_depth_or_kind(checkpoint):
     path, _ = checkpoint
-    with pytest.raises(ValueError, match='(?s)Unexpected key.*layers.3'):
+    with pytest.raises(ValueError, match='Not known here: .*layers.3'):
         load(path, arch=dict(BACKBONE['arch'], num_layers=3))
-    with pytest.raises(ValueError, match='(?s)Missing key.*ln2'):
+    with pytest.raises(ValueError, match='Missing there: .*ln2'):
         load(path, out_type='avg_featmap')
+
+
+def test_another_network_is_one_sentence(checkpoint, tmp_path):
+    """torch lists hundreds of names, each shape on a line of its own."""
+    path, _ = checkpoint
+    with pytest.raises(ValueError, match=r' and \d+ more') as error:
+        load(path, arch=dict(BACKBONE['arch'], embed_dims=96))
+    told = str(error.value)
+    assert 'Of other shapes: cls_token (1, 1, 48 there, 1, 1, 96 here), ' in told
+    assert '\n' not in told and len(told) < 500
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match='none.pth does not exist; name a checkpoint'):
+        read_weights(str(tmp_path / 'none.pth'))
+    for name in ('epoch_1.pth', 'epoch_2.pth'):
+        (tmp_path / name).touch()
+    with pytest.raises(IsADirectoryError, match='is a folder; .* such as epoch_2.pth'):
+        read_weights(str(tmp_path))
 
 
 class Harm:
@@ -255,8 +274,9 @@ def test_getattr_in_a_checkpoint_reaches_nothing(tmp_path):
 def test_what_is_not_of_torch_is_damage_and_not_harm(tmp_path, content):
     """The advice to trust such a file would be wrong."""
     (tmp_path / 'a.pth').write_bytes(content)
-    with pytest.raises(ValueError, match='a.pth .* cannot be read as a checkpoint'):
+    with pytest.raises(ValueError, match='a.pth .* cannot be read as a checkpoint') as error:
         read_weights(str(tmp_path / 'a.pth'))
+    assert 'weights_only' not in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('part', [0, 0.5, 0.99])
@@ -471,6 +491,6 @@ def test_resuming_continues_bit_by_bit(imagenet_tree, tmp_path):
 def test_of_many_missing_weights_few_are_named(tmp_path):
     torch.save(dict(state_dict={'backbone.0.weight': torch.zeros(2, 2)}), tmp_path / 'x.pth')
     backbone = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(100)))
-    with pytest.raises(ValueError, match=r'"0\.bias", .*and 196 more') as error:
+    with pytest.raises(ValueError, match=r'0\.bias, .* and 196 more') as error:
         load_backbone(backbone, str(tmp_path / 'x.pth'), 'backbone.')
     assert len(str(error.value)) < 500

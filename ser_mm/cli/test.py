@@ -11,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
+from ser_mm.checkpoint import differences
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_run_arguments,
@@ -152,8 +153,10 @@ def _test(args: argparse.Namespace) -> None:
         try:
             # MMEngine's `load_from` leaves what a checkpoint does not fill at its random start.
             runner.load_checkpoint(args.checkpoint, strict=True)
-        except (FileNotFoundError, RuntimeError) as error:
-            raise ValueError(f'{args.checkpoint} does not fit {args.config}: {error}') from error
+        except RuntimeError as error:
+            raise ValueError(
+                f'{args.checkpoint} does not fit {args.config}. {differences(str(error))}'
+            ) from error
     if args.out:
         dump = METRICS.build(dict(type=names['dump'], out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)

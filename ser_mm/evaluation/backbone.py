@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import ResNet
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -29,7 +30,13 @@ def build_model(cfg: Config) -> nn.Module:
     model = deepcopy(cfg.model)
     if cfg.get('data_preprocessor'):
         model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
-    return MODELS.build(model)
+    with _scope(cfg):
+        return MODELS.build(model)
+
+
+def _scope(cfg: Config) -> AbstractContextManager:
+    """That of a config, also in a process that has built a detector."""
+    return DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain')
 
 
 def as_config(cfg: Config | str | Path) -> Config:
@@ -68,7 +75,8 @@ def build_backbone(
             f"model.type='{model.get('type')}' has no `backbone` in {cfg.filename}; choose the "
             'config of a classifier or of a self-supervised algorithm.'
         )
-    backbone = MODELS.build(deepcopy(dict(model.backbone, **overrides)))
+    with _scope(cfg):
+        backbone = MODELS.build(deepcopy(dict(model.backbone, **overrides)))
     if 'mask' in inspect.signature(backbone.forward).parameters:
         raise ValueError(
             f"model.backbone.type='{model.backbone.type}' masks its images; name the plain network "

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmengine.fileio
 import numpy as np
 import torch
 from mmcv.transforms import Compose
@@ -29,6 +28,7 @@ from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import TRANSFORMS
 from torch import Tensor, nn
 
+from ser_mm.checkpoint import read_bytes
 from ser_mm.datasets import LoadChannels
 from ser_mm.datasets.tar_shards import file_of
 from ser_mm.evaluation.backbone import as_config, build_backbone, map_options
@@ -335,7 +335,7 @@ class CachedFeatures:
     def _weights(self) -> Any:
         """A running digest of the weights."""
         if self.checkpoint is not None:
-            return hashlib.sha256(mmengine.fileio.get(self.checkpoint))
+            return hashlib.sha256(read_bytes(self.checkpoint))
         digest = hashlib.sha256()
         for values in self.network.state_dict().values():
             digest.update(values.cpu().numpy().tobytes())
