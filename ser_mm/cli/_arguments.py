@@ -350,6 +350,7 @@ def load_config(
     args: argparse.Namespace,
     splits: Sequence[str] = ('train', 'val'),
     labelled: bool = True,
+    file: bool = False,
 ) -> Config:
     """Load and check the config of an evaluation, and join the other processes.
 
@@ -360,6 +361,7 @@ def load_config(
         splits (Sequence[str]): Keys of ``evaluation`` that will be used. None of them if the
             command brings its own images into the config.
         labelled (bool): Whether labels are needed. Defaults to True.
+        file (bool): Whether ``--out`` is a file. Defaults to False: a folder.
 
     Returns:
         Config: With the options of the command line.
@@ -374,7 +376,7 @@ def load_config(
     if splits:
         use_data(cfg, args, labelled, splits)
     set_options(cfg, args.cfg_options)
-    check_writable('--out', args.out)
+    check_writable('--out', args.out, file)
     if 'cache_dir' in args:
         check_writable('--cache-dir', args.cache_dir)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
@@ -399,17 +401,22 @@ def set_local_rank(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
 
 
-def check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path | str, file: bool = False) -> None:
     """Check that a folder or file can be written or made, before the work that it is for.
 
     Args:
         option (str): That named it.
-        path (Path): The folder or file.
+        path (Path | str): The folder or file.
+        file (bool): Whether it is a file. Defaults to False.
 
     Raises:
         OSError: If it cannot.
     """
     there = Path(path).absolute()
+    if there.exists() and there.is_dir() == file:
+        kind, other = ('a folder', 'a file') if file else ('a file', 'a folder')
+        error = IsADirectoryError if file else NotADirectoryError
+        raise error(f'{option} {path} is {kind}; name {other}.')
     while not os.path.lexists(there):
         there = there.parent
     if there != Path(path).absolute() and not there.is_dir():

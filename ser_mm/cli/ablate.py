@@ -24,6 +24,7 @@ from mmengine.logging import MMLogger
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_experiment_arguments,
+    check_writable,
     finite,
     make_parser,
     one_sentence,
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
     args = parse_args(argv)
+    check_writable('--work-dir', args.work_dir)
     MMLogger.get_instance('ablate', log_level='WARNING')
     config = find_config(args.config)
     cfg_options = resolve_options(Config.fromfile(config), args.cfg_options)

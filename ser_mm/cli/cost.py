@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
     args = parse_args(argv)
-    check_writable('--out', args.out)
+    check_writable('--out', args.out, file=True)
     MMLogger.get_instance('cost', log_level='ERROR')
     cfgs = {name: Config.fromfile(getattr(args, name)) for name in ('baseline', 'config')}
     init_default_scope(cfgs['config'].get('default_scope', 'mmpretrain'))

@@ -13,7 +13,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence, place
+from ser_mm.cli._arguments import add_cfg_options, check_writable, make_parser, one_sentence, place
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import resolve_options
 from ser_mm.experiments.demo import algorithms, run_demo
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
     args = parse_args(argv)
+    check_writable('--work-dir', args.work_dir)
     MMLogger.get_instance('demo', log_level='WARNING')
     cfg = Config.fromfile(find_config(f'demo/ser_{args.algorithm}'))
     cfg_options = resolve_options(cfg, args.cfg_options)

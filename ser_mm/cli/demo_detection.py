@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from ser_mm.cli._arguments import add_cfg_options, make_parser, one_sentence, place
+from ser_mm.cli._arguments import add_cfg_options, check_writable, make_parser, one_sentence, place
 from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.options import resolve_options
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Command line. Defaults to None: that of the process.
     """
     args = parse_args(argv)
+    check_writable('--work-dir', args.work_dir)
     MMLogger.get_instance('demo', log_level='WARNING')
     cfg_options = resolve_options(read_config('demo/detection'), args.cfg_options)
     run_detection(args.algorithm, args.seeds, args.pretrained, args.work_dir, cfg_options)

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     labelled = 'angle' in args.measures
     splits = ['train', 'val'] if {'angle', 'position'} & set(args.measures) else ['val']
-    cfg = load_config(args.config, args, splits, labelled)
+    cfg = load_config(args.config, args, splits, labelled, file=True)
     names = ('images', 'train_images', 'step', 'affine', 'within', 'seed')
     settings = {name: getattr(args, name) for name in names}
     found = measure_dense(

@@ -15,6 +15,7 @@ from ser_mm.checkpoint import differences
 from ser_mm.cli._arguments import (
     CONFIG_HELP,
     add_run_arguments,
+    check_writable,
     make_parser,
     one_sentence,
     set_local_rank,
@@ -84,6 +85,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> dict:
     set_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    check_writable('--work-dir', cfg.work_dir)
+    if args.out:
+        check_writable('--out', args.out, file=True)
     if not (cfg.get('test_dataloader') and cfg.get('test_evaluator')):
         raise ValueError(
             f'{args.config} has no test_dataloader; name the config of a classifier or a detector, '

@@ -1,6 +1,7 @@
 """Train a model from a config: on one CPU process, on several, or on GPUs."""
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from pickle import UnpicklingError
 
 from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
@@ -18,6 +20,7 @@ from ser_mm.cli._arguments import (
     EXPECTED,
     add_data,
     add_run_arguments,
+    check_writable,
     make_parser,
     one_sentence,
     set_local_rank,
@@ -128,6 +131,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     set_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    check_writable('--work-dir', cfg.work_dir)
 
     if args.resume and args.resume != 'auto':
         if '://' not in args.resume and not Path(args.resume).is_file():
@@ -246,6 +250,13 @@ def _train(args: argparse.Namespace, run: _Run) -> None:
         # Builds the data set and the views, and what is wrong with them shows.
         check_device_views(runner.model, runner.train_dataloader)
         split_batches(runner.train_dataloader, runner.seed, get_rank(), get_world_size())
+        if run.earlier and not cfg.get('resume') and get_rank() == 0:
+            print_log(
+                f'{cfg.work_dir} holds checkpoints of an earlier run, which this one writes over; '
+                'to keep them, stop it, and name another --work-dir, or go on by --resume.',
+                'current',
+                logging.WARNING,
+            )
     # What fails from here on is as likely an error of the code, which needs its traceback.
     foreseen = (FloatingPointError, UnpicklingError, CheckpointError, ResumeError)
     with one_sentence(foreseen, trust=args.trust_checkpoint):

@@ -69,7 +69,8 @@ REFUSALS = {
     'one class': (['--data', 'nested'], 'has one class, x, and two or more are to be told apart'),
     'counted from 1': (['--data', 'from1.txt'], 'has labels from 1 to 2 and none that is 0'),
     'validation alone': (['--val-data', 'images'], '--val-data needs --data'),
-    'out is a file': (['--data', 'images', '--out', 'from1.txt/x'], 'from1.txt is a file'),
+    'out in a file': (['--data', 'images', '--out', 'from1.txt/x'], 'from1.txt is a file'),
+    'out is a file': (['--data', 'images', '--out', 'from1.txt'], 'is a file; name a folder'),
 }
 
 
@@ -108,6 +109,10 @@ TRAINING = {
         ['demo/ser_mocov3', '--cfg-options', 'train_dataloader.sampler.type=InfiniteSampler'],
         "'InfiniteSampler' never ends an epoch, but train_cfg.max_epochs = 8; take a Default",
     ),
+    'work dir is a file': (
+        ['demo/ser_mocov3', '--data', 'one', '--work-dir', 'one/1.png'],
+        '--work-dir one/1.png is a file; name a folder',
+    ),
     'annotated': (['coco/mask-rcnn_vits16', '--data', 'one'], '--data is for images without annot'),
 }
 
@@ -120,6 +125,13 @@ def test_refusals_of_training(name, labelled, tmp_path):
         pytest.importorskip('mmcv._ext')
     found = run_command('train', *args)
     assert found.startswith('error: ') and message in found and '\n' not in found
+
+
+def test_a_folder_in_place_of_a_file(checkpoint, labelled, tmp_path):
+    (tmp_path / 'there.json').mkdir()
+    args = ['demo/ser_mocov3', checkpoint, '--data', 'images', '--out', 'there.json']
+    found = run_command('dense', *args, '--measures', 'angle')
+    assert found == 'error: --out there.json is a folder; name a file.'
 
 
 def test_places_without_permission(checkpoint, labelled, monkeypatch):
@@ -146,7 +158,7 @@ def test_places_without_permission(checkpoint, labelled, monkeypatch):
         assert '--out full/x: ' in refusal('probe', *args, 'open', '--out', 'full/x')
         assert '--cache-dir full: ' in refusal('probe', *args, 'open', '--cache-dir', 'full')
         work = ['demo/ser_mocov3', '--data', 'open', '--work-dir', 'full/work']
-        assert 'full/work: permission denied; change' in refusal('train', *work)
+        assert '--work-dir full/work: ' in refusal('train', *work)
         unread = refusal('probe', args[0], 'network.pth', '--data', 'open')
         assert 'network.pth: permission denied; change its permissions' in unread
 

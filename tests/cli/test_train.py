@@ -238,16 +238,23 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(imagenet_tree
 def test_a_checkpoint_that_the_run_cannot_go_on_from_is_one_sentence(imagenet_tree, tmp_path):
     """It ended as if it had trained; schedules and images per step are checked likewise."""
     config = short_run.write_config(tmp_path / 'run.py', imagenet_tree, max_epochs=2)
+    work = tmp_path / 'work'
     workers = 'train_dataloader.num_workers=0'
-    train_main([str(config), '--work-dir', str(tmp_path), '--cfg-options', workers])
+    train_main([str(config), '--work-dir', str(work), '--cfg-options', workers])
     shorter = 'train_cfg.max_epochs=1'
     sentence = run_command(
-        'train', config, '--work-dir', tmp_path, '--resume', '--cfg-options', workers, shorter
+        'train', config, '--work-dir', work, '--resume', '--cfg-options', workers, shorter
     )
     assert sentence == (
         'error: The checkpoint was trained for 2 epochs, and train_cfg.max_epochs=1; raise it, or '
         'resume from an earlier checkpoint.'
     )
+    # Begun anew in the same folder, it says what it writes over.
+    told = f'{work} holds checkpoints of an earlier run, which this one writes over'
+    first, *_ = sorted(work.glob('*/*.log'))
+    assert told not in first.read_text()
+    train_main([str(config), '--work-dir', str(work), '--cfg-options', workers, shorter])
+    assert any(told in file.read_text() for file in work.glob('*/*.log'))
 
 
 @pytest.mark.parametrize('place', ['model', 'algorithm'])
