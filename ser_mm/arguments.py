@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -137,21 +137,41 @@ def parameters(kind: type) -> dict[str, tuple[Any, Any]]:
         dict[str, tuple]: ``Any``, or ``Parameter.empty`` as the default, where there is none.
     """
     found: dict[str, tuple[Any, Any]] = {}
-    for base in kind.__mro__:
-        if '__init__' not in vars(base):
-            continue
-        initialize = inspect.unwrap(vars(base)['__init__'])
+    for initialize in constructors(kind):
         hints = get_type_hints(initialize, include_extras=True)
-        signature = inspect.signature(initialize).parameters.values()
-        for parameter in list(signature)[1:]:
+        for parameter in list(inspect.signature(initialize).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
             fallback = bool if isinstance(parameter.default, bool) else Any
             hint = hints.get(parameter.name, fallback)
             found.setdefault(parameter.name, (hint, parameter.default))
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
-            break
     return found
+
+
+def constructors(kind: type) -> Iterator[Callable]:
+    """What the arguments of a class may reach: its constructor, and by ``**kwargs`` those of bases.
+
+    Args:
+        kind (type): A class.
+
+    Yields:
+        Callable: Each ``__init__``, but for that of ``object``.
+    """
+    for base in kind.__mro__[:-1]:
+        if '__init__' in vars(base):
+            initialize = inspect.unwrap(vars(base)['__init__'])
+            yield initialize
+            if not takes_more(initialize):
+                return
+
+
+def takes_more(function: Callable) -> bool:
+    """Whether a function has ``**kwargs``.
+
+    Args:
+        function (Callable): A function.
+    """
+    return any(x.kind is x.VAR_KEYWORD for x in inspect.signature(function).parameters.values())
 
 
 def check(

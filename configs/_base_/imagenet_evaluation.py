@@ -1,7 +1,7 @@
 # What probes and the other evaluations look at: ImageNet-1k, centre crops of 224 x 224.
 # data/imagenet/{train,val}/<wordnet id>/*.JPEG
 eval_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadReadableImage', skip=False),
     dict(type='ResizeEdge', scale=256, edge='short', backend='pillow', interpolation='bicubic'),
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),

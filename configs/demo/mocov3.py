@@ -30,7 +30,7 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 eval_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadReadableImage', skip=False),
     dict(type='CenterCrop', crop_size=48),
     dict(type='PackInputs'),
 ]

@@ -25,6 +25,8 @@ from mmengine.runner import (
 )
 from torch.utils.data import DataLoader
 
+from ser_mm.arguments import constructors, takes_more
+
 # What is read from a config beside the Runner's arguments, by MMEngine or by the commands.
 _ALSO_READ = {
     'evaluation',
@@ -288,17 +290,14 @@ def _registered(name: str, scope: str | None) -> list[Callable]:
 
 def _parameters(kind: Callable) -> tuple[set[str], bool]:
     """Names of the parameters, with those that a class hands on, and whether there are others."""
-    names: set[str] = set()
-    more = False
-    for owner in kind.__mro__[:-1] if isinstance(kind, type) else [kind]:
-        if isinstance(owner, type) and '__init__' not in vars(owner):
-            continue
-        parameters = inspect.signature(owner).parameters.values()
-        names |= {x.name for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)}
-        more = any(x.kind is x.VAR_KEYWORD for x in parameters)
-        if not more:
-            break
-    return names, more
+    functions = list(constructors(kind)) if isinstance(kind, type) else [kind]
+    names = {
+        x.name
+        for function in functions
+        for x in inspect.signature(function).parameters.values()
+        if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) and x.name != 'self'
+    }
+    return names, bool(functions) and takes_more(functions[-1])
 
 
 def _places(place: str, node: Any, name: str, value: Any) -> Iterator[str]:

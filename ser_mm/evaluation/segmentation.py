@@ -97,9 +97,12 @@ def _load(file: Path, load: Callable[[dict], dict | None] | None) -> np.ndarray:
     if load is None:
         with Image.open(file) as opened:
             return np.asarray(ImageOps.exif_transpose(opened).convert('RGB'))
-    loaded = load(dict(img_path=str(file)))
+    try:
+        loaded, why = load(dict(img_path=str(file))), ''
+    except Exception as error:  # of many types, by format and decoder
+        loaded, why = None, f' ({type(error).__name__}: {(str(error).splitlines() or [""])[0]})'
     if loaded is None:
-        raise ValueError(f'{file} cannot be read as an image; replace or remove it.')
+        raise ValueError(f'{file} cannot be read as an image{why}; replace or remove it.')
     image = loaded['img']
     return image if image.ndim == 3 else image[..., None]
 

@@ -9,7 +9,7 @@ from mmcv.transforms import LoadImageFromFile
 
 from ser_mm.evaluation import Embedder
 from tests.support.command import run_command
-from tests.support.images import write_images
+from tests.support.images import write_deep_images, write_images
 from tests.support.probed import write_untrained
 from tests.support.rounding import FLOAT32_NETWORK
 
@@ -40,6 +40,19 @@ def test_a_folder_by_command(images, checkpoint, capsys):
     more = ['--data', images, '--out', 'maps.safetensors', '--layer', 2, '--cache-dir', 'c']
     assert run_command('embed', CONFIG, checkpoint, *more) is None
     assert 'maps.safetensors: 6 images, 96 x 6 x 6 each' in capsys.readouterr().out
+
+
+def test_what_a_config_of_8_bits_loses_is_told(checkpoint, tmp_path, monkeypatch):
+    """Pretraining said so; evaluations read the same files without a word."""
+    monkeypatch.chdir(tmp_path)
+    folder, told = tmp_path / 'deep', []
+    monkeypatch.setattr(
+        'ser_mm.datasets.transforms.load_readable_image.print_log', lambda x, **_: told.append(x)
+    )
+    write_deep_images(folder, 3, channels=1)
+    assert run_command('embed', CONFIG, checkpoint, '--data', folder, '--out', 'x.npy') is None
+    (sentence,) = told
+    assert 'has 16 bits a channel' in sentence and 'LoadChannels' in sentence
 
 
 def test_an_interruption_is_told_and_the_rest_is_extracted(images, checkpoint, capsys, monkeypatch):

@@ -76,6 +76,8 @@ def test_another_image_is_skipped_with_its_name(image, told, tmp_path, monkeypat
         write(path, image)
     assert LoadChannels(**LOAD)(dict(img_path=str(path))) is None
     assert len(sentences) == 1 and f'{path} ' in sentences[0] and told in sentences[0]
+    with pytest.raises((OSError, ValueError), match=told):
+        LoadChannels(**LOAD, skip=False)(dict(img_path=str(path)))
 
 
 def test_numbers_for_each_channel_are_needed():

@@ -57,6 +57,17 @@ def test_what_is_lost_is_told_once(name, save, lost, told, tmp_path):
     assert sentence.startswith(f'{path} {lost}')
 
 
+def test_an_unreadable_file_is_skipped_or_an_error(told, tmp_path):
+    path = tmp_path / 'x.png'
+    path.write_bytes(b'no image')
+    assert LoadReadableImage()(dict(img_path=str(path))) is None
+    (sentence,) = told
+    assert sentence.startswith(f'Skipped an unreadable image, {path}')
+    with pytest.raises(Exception, match='failed to load image'):
+        LoadReadableImage(skip=False)(dict(img_path=str(path)))
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize('name', ['x.png', 'x.tif', 'x.jpg', 'x.webp', 'palette.png'])
 def test_nothing_is_told_of_what_is_read_whole(name, told, tmp_path):
     image = Image.fromarray(COLOUR)

@@ -201,6 +201,9 @@ def test_images_are_loaded_as_the_config_does(folder):
     deep.write_text('no image')
     with pytest.raises(ValueError, match='deep.png cannot be read as an image; replace or'):
         list(read_pairs([(deep, mask)], (24, 30), Inputs(), load=LoadReadableImage()))
+    load.skip = False
+    with pytest.raises(ValueError, match=r'cannot be read as an image \(ValueError: is no image'):
+        list(read_pairs([(deep, mask)], (24, 30), Inputs(), load=load))
 
 
 class Inputs(torch.nn.Module):

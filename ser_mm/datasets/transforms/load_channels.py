@@ -35,6 +35,8 @@ class LoadChannels(BaseTransform):
         mean (Sequence[float]): Of the values of each channel, RGB if these are three, in units of
             the files, or of 255 for uint8.
         std (Sequence[float]): Likewise their deviations.
+        skip (bool): Whether a file that does not do is skipped; otherwise it is an error, as
+            evaluations need it. Defaults to True.
 
     Raises:
         ValueError: If ``mean`` or ``std`` has not one number for each channel.
@@ -50,13 +52,14 @@ class LoadChannels(BaseTransform):
         dtype: Literal[tuple(TYPES)],  # type: ignore[valid-type]
         mean: Annotated[Sequence[float], filled],
         std: Annotated[Sequence[PositiveFloat], filled],
+        skip: bool = True,
     ) -> None:
         if not len(mean) == len(std) == channels:
             raise ValueError(
                 f'LoadChannels: mean={list(mean)}, std={list(std)}; give one number of each for '
                 f'channels={channels}.'
             )
-        self.channels, self.dtype = channels, dtype
+        self.channels, self.dtype, self.skip = channels, dtype, skip
         self.mean, self.std = list(mean), list(std)
         unit = 255 if dtype == 'uint8' else 1
         self._mean, self._scale = unit * np.array(mean), STD / (unit * np.array(std))
@@ -70,12 +73,17 @@ class LoadChannels(BaseTransform):
         Returns:
             dict | None: With ``img``, (H, W, channels), float32, BGR if these are three,
             ``img_shape`` and ``ori_shape``; None for a file that is skipped.
+
+        Raises:
+            OSError, ValueError: Of such a file with ``skip=False``.
         """
         path = results['img_path']
         try:
             values = read_pixels(fileio.get(path), self.channels)
             results['img'] = self.scale(values)
         except Exception as error:  # of many types, by place and format
+            if not self.skip:
+                raise
             print_log(f'Skipped an image: {path} {error}', 'current', logging.WARNING)
             return None
         results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]

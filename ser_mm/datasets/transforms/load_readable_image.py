@@ -14,22 +14,47 @@ from ser_mm.datasets.tar_shards import is_member
 
 
 @TRANSFORMS.register_module()
-@checked(
-    color_type=Literal['color', 'grayscale', 'unchanged', 'color_ignore_orientation'],
-    imdecode_backend=Literal['cv2', 'pillow', 'turbojpeg', 'tifffile'],
-)
+@checked
 class LoadReadableImage(LoadImageFromFile):
     """Load an image; skip a file that is not an image, with a warning that names it.
 
     The data set then draws another image in its place, and stops with an error when it finds none
-    (``max_refetch`` of its arguments). Arguments, keys and formats are those of mmcv's
-    ``LoadImageFromFile``.
+    (``max_refetch`` of its arguments). Keys and formats are those of mmcv's ``LoadImageFromFile``.
 
     Where three channels of 8 bits are less than a PNG or TIFF holds, a warning says so, once for
     each thing that is lost: more bits, which are cut off, transparency, or further pages.
+
+    Args:
+        to_float32, color_type, imdecode_backend, file_client_args, ignore_empty, backend_args: See
+            mmcv's ``LoadImageFromFile``.
+        skip (bool): Whether a file that is not an image is skipped; otherwise it is an error, as
+            evaluations need it. Defaults to True.
     """
 
     _told: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        to_float32: bool = False,
+        color_type: Literal[
+            'color', 'grayscale', 'unchanged', 'color_ignore_orientation'
+        ] = 'color',
+        imdecode_backend: Literal['cv2', 'pillow', 'turbojpeg', 'tifffile'] = 'cv2',
+        file_client_args: dict | None = None,
+        ignore_empty: bool = False,
+        *,
+        backend_args: dict | None = None,
+        skip: bool = True,
+    ) -> None:
+        super().__init__(
+            to_float32,
+            color_type,
+            imdecode_backend,
+            file_client_args,
+            ignore_empty,
+            backend_args=backend_args,
+        )
+        self.skip = skip
 
     def transform(self, results: dict) -> dict | None:
         """Load ``img_path``.
@@ -38,12 +63,18 @@ class LoadReadableImage(LoadImageFromFile):
             results (dict): With ``img_path``.
 
         Returns:
-            dict | None: With ``img``, ``img_shape`` and ``ori_shape``; None for an unreadable file.
+            dict | None: With ``img``, ``img_shape`` and ``ori_shape``; None for an unreadable file
+            that is skipped.
+
+        Raises:
+            OSError, ValueError, cv2.error: Of such a file with ``skip=False``.
         """
         path = results['img_path']
         try:
             loaded = super().transform(results)
         except Exception as error:
+            if not self.skip:
+                raise
             _warn(f'Skipped an unreadable image, {path}: {error}')
             return None
         if self.color_type == 'color' and str(path).lower().endswith(('.png', '.tif', '.tiff')):
