@@ -1,5 +1,6 @@
 """From a folder of images to a pretrained backbone, by one call."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     if (load := cfg.train_dataloader.dataset.pipeline[0]).type == 'LoadChannels':
         print(describe(load), flush=True)
     train({name: cfg}, gpus=processes(options.get('devices')))
+    if unread := skipped(Path(f'{cfg.work_dir}.log')):
+        more = f', and {len(unread) - 3} more, see {cfg.work_dir}.log' if unread[3:] else ''
+        print(f'{len(unread)} images were left out of training: {"; ".join(unread[:3])}{more}.')
     checkpoint = final_checkpoint(cfg)
     # What needs no images comes first: some may be unreadable.
     try:
@@ -62,3 +66,17 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
         print(error)
     report(cfg, checkpoint, out)
     return out
+
+
+def skipped(log: Path) -> list[str]:
+    """Images that a training has skipped, each once, with the reason.
+
+    Args:
+        log (Path): What it has written; a missing file tells of none.
+    """
+    if not log.is_file():  # of a run that had ended before
+        return []
+    found = re.findall(
+        r'Skipped an (?:unreadable )?image[,:] (.+)', log.read_text(errors='replace')
+    )
+    return list(dict.fromkeys(x.rstrip('.') for x in found))

@@ -10,11 +10,14 @@ import pytest
 import tifffile
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
+from ser_mm.datasets import LoadChannels, LoadReadableImage
 from ser_mm.evaluation.backbone import build_backbone, build_model, token_maps_of
 from ser_mm.evaluation.data import spaced_images
 from ser_mm.evaluation.equivariance import equivariance_by_layer
 from ser_mm.evaluation.features import Embedder
+from ser_mm.experiments.pretrain import skipped
 from ser_mm.experiments.recipes import pretraining_config
 from ser_mm.experiments.report import IMAGES
 from tests.support.command import run_command
@@ -92,6 +95,22 @@ def test_a_flat_folder_by_one_command_that_is_killed_and_repeated(images, tmp_pa
 
     told = run_command('pretrain', *command(images, out, '--epochs', 4)[2:])
     assert f'{out} holds a run with other settings' in told and 'another --out' in told
+
+
+def test_images_left_out_of_training_are_told(tmp_path, monkeypatch):
+    """Their names were in the log alone, once for each epoch."""
+    logger = MMLogger.get_instance('skipping', log_file=str(tmp_path / 'run.log'))
+    monkeypatch.setattr(MMLogger, 'get_current_instance', lambda: logger)
+    files = [tmp_path / name for name in ('x.png', 'y.tif', 'x.png')]
+    for file in files:
+        file.write_bytes(b'no image')
+    load = dict(channels=1, dtype='uint16', mean=[1.0], std=[1.0])
+    for file in files:
+        for loader in (LoadReadableImage(), LoadChannels(**load)):
+            assert loader(dict(img_path=str(file))) is None
+    found = skipped(tmp_path / 'run.log')
+    assert len(found) == 4 and all(f'{tmp_path}/' in x for x in found)
+    assert skipped(tmp_path / 'none.log') == []
 
 
 @pytest.mark.slow
