@@ -201,9 +201,8 @@ def run_config(
             without ``ser_`` in its name.
         seed (int): Seed of the run.
         work_dir (Path): Folder of all sweeps.
-        cfg_options (Mapping[str, Any]): What :func:`load_base` was given. The base algorithm takes
-            over what is not of SER, so neither its layer nor the place of [CLS]; another method
-            what is not of a model.
+        cfg_options (Mapping[str, Any]): What :func:`load_base` was given. The base algorithm and
+            other methods take over what is not of SER, so neither its layer nor the place of [CLS].
 
     Raises:
         ValueError: If there is no config of the base algorithm, or of another method.
@@ -214,24 +213,14 @@ def run_config(
         if not file.is_file():
             raise ValueError(f'addons: {config} has no {file.name} beside it.')
         name, own = point[NAME], Config.fromfile(file)
-        common = {k: v for k, v in cfg_options.items() if not k.startswith('model.')}
-        common.pop(EQUI_RATIO, None)
-        own.merge_from_dict(common)
+        _take_options(own, cfg_options)
         own.merge_from_dict({k: v for k, v in point.items() if k not in (CONFIG, NAME)})
-        _take_pixels(own, cfg_options)
     elif point is None:
         file = config.with_name(config.name.removeprefix('ser_'))
         if file == config or not file.is_file():
             raise ValueError(f'{config} has no baseline {file.name} beside it, to compare with.')
         name, own = 'baseline', Config.fromfile(file)
-        for place, value in cfg_options.items():
-            if place in (SER_LAYER, CLS_LAYER):
-                continue  # the base algorithm's [CLS] would follow SER's layer
-            if place.startswith('model.algorithm.'):
-                own.merge_from_dict({place.replace('.algorithm', '', 1): value})
-            elif place != EQUI_RATIO and not place.startswith('model.'):
-                own.merge_from_dict({place: value})
-        _take_pixels(own, cfg_options)
+        _take_options(own, cfg_options)
     else:
         own = deepcopy(cfg)
         own.merge_from_dict(point)
@@ -244,9 +233,20 @@ def run_config(
     return own
 
 
-def _take_pixels(own: Config, cfg_options: Mapping[str, Any]) -> None:
-    """Let another model see the images as SER's is told to, by its preprocessor."""
+def _take_options(own: Config, cfg_options: Mapping[str, Any]) -> None:
+    """Set fields of another config than that of the sweeps, those that are not of SER alone."""
+    if own.model.type == 'SERAlgorithm':
+        own.merge_from_dict(dict(cfg_options))
+        return
     for place, value in cfg_options.items():
+        if place in (SER_LAYER, CLS_LAYER, EQUI_RATIO):
+            continue  # the [CLS] of other methods would follow SER's layer
+        if place.startswith('model.algorithm.'):
+            place = place if 'algorithm' in own.model else place.replace('.algorithm', '', 1)
+            own.merge_from_dict({place: value})
+        elif not place.startswith('model.'):
+            own.merge_from_dict({place: value})
+        # The preprocessor of SER's model tells how all see the images.
         owner, _, name = place.rpartition('.')
         if owner == 'model.data_preprocessor' and name in ('mean', 'std', 'to_rgb'):
             for other in (owner, 'data_preprocessor', 'model.algorithm.data_preprocessor'):

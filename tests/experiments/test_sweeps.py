@@ -118,6 +118,26 @@ def test_addons_have_both_forms_and_their_controls():
         folders('addons', config='ser_mocov3_r50')
 
 
+def test_addons_are_of_the_same_base_algorithm():
+    """Options on it were taken by SER and the baseline alone."""
+    options = {
+        'model.algorithm.base_momentum': 0.02,
+        'model.algorithm.backbone.ser_layer': 3,
+        'model.head.temperature': 0.3,
+        'train_dataloader.dataset.pipeline.1.equi_ratio': 0.25,
+    }
+    found = {title: cfg.model for title, cfg in folders('addons', **options).items()}
+    algorithms = {title: model.get('algorithm') or model for title, model in found.items()}
+    assert {x.base_momentum for x in algorithms.values()} == {0.02}
+    for title, model in found.items():
+        layer = algorithms[title].backbone.get('ser_layer')
+        with_ser = model.type == 'SERAlgorithm'
+        assert layer == (3 if with_ser or 'after block 3' in title else None), title
+        assert (model.head.get('temperature') == 0.3) == with_ser, title
+    several = folders('addons', **options)['SER, 2 + 4 views'].train_dataloader.dataset
+    assert several.pipeline[1].equi_ratio == 0.25
+
+
 def test_stages_of_a_resnet_find_their_channels():
     found = folders('layer', config='ser_barlowtwins_r50')
     assert [cfg.model.algorithm.backbone.ser_layer for cfg in found.values()] == [1, 2, 3, 4]
