@@ -156,6 +156,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
 
+    if _takes_views(cfg.model) and (cfg.model.get('algorithm') or {}).get('data_preprocessor'):
+        # MMEngine would lay that of the config over that of the algorithm, an edited one too.
+        cfg.model.setdefault('data_preprocessor', {})
+
     for name in DATALOADERS:
         loader = cfg.get(name)
         if not loader:

@@ -28,7 +28,8 @@ def build_model(cfg: Config) -> nn.Module:
         nn.Module: As built, not initialized.
     """
     model = deepcopy(cfg.model)
-    if cfg.get('data_preprocessor'):
+    inner = (model.get('algorithm') or {}).get('data_preprocessor')
+    if cfg.get('data_preprocessor') and not inner:
         model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))
     with _scope(cfg):
         return MODELS.build(model)

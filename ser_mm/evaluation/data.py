@@ -124,9 +124,12 @@ def build_preprocessor(cfg: Config) -> nn.Module:
     ]
     if not any(found):
         raise ValueError(f'data_preprocessor is not in {cfg.filename}; set its mean and std.')
-    # Mean, std and order of channels belong together; photometry alone, say, does not tell them.
-    pixels = [{k: x[k] for k in ('mean', 'std', 'to_rgb') if k in x} for x in found]
-    pixels = next((x for x in pixels if x), {})
+    # As in training: that of the model is laid over that of the algorithm in it, mean and std
+    # together, and MMEngine takes that of the config where the model has none.
+    near = [x for x in found[:2] if x] or found[2:]
+    near = near if any('mean' in x for x in near) else found
+    pixels = next(({k: x[k] for k in ('mean', 'std') if k in x} for x in near if 'mean' in x), {})
+    pixels |= next(({'to_rgb': x['to_rgb']} for x in near if 'to_rgb' in x), {})
     return MODELS.build(dict(type='mmpretrain.ClsDataPreprocessor', **pixels)).to(get_device())
 
 

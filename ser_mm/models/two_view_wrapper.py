@@ -198,6 +198,11 @@ def _preprocessor(
         config = {**(inner or {}), **(given or {})}
         if given and not _PIXELS.isdisjoint(given):  # mean and std belong together
             config = {k: v for k, v in config.items() if k not in _PIXELS or k in given}
+            if missing := _PIXELS - config.keys():
+                raise ValueError(
+                    f'{owner}: data_preprocessor has no {missing.pop()} beside its '
+                    f'{", ".join(_PIXELS & given.keys())}; set both, as they belong together.'
+                )
         kind = config.get('type', 'SelfSupDataPreprocessor')
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if kind is SelfSupDataPreprocessor:

@@ -21,6 +21,8 @@ from ser_mm.cli._arguments import set_local_rank
 from ser_mm.cli.train import main as train_main
 from ser_mm.cli.train import merge_args, parse_args
 from ser_mm.engine import EpochSeedHook
+from ser_mm.engine.configs import find_config
+from ser_mm.evaluation.data import build_preprocessor
 from tests.support import short_run
 from tests.support.command import run_command
 from tests.support.paths import ROOT
@@ -286,6 +288,21 @@ def test_what_takes_views_has_their_hook(name):
             'ResumeHook',
         ]
     assert hooks_of(model=dict(type='MoCoV3')) == ['ResumeHook']
+
+
+@pytest.mark.parametrize('place', ['model.algorithm.data_preprocessor', 'model.data_preprocessor'])
+@pytest.mark.parametrize('name', ['demo/ser_mocov3', 'demo/augself_mocov3'])
+def test_training_and_evaluations_see_the_same_pixels(name, place):
+    """MMEngine laid the config's mean and std over those of the algorithm, as options set them."""
+    cfg = Config.fromfile(find_config(name))
+    options = [f'{place}.mean=1,2,3', f'{place}.std=4,5,6']
+    merge_args(cfg, parse_args([name, '--cfg-options', *options]))
+    cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as the Runner does
+    init_default_scope('mmpretrain')
+    for preprocessor in (MODELS.build(cfg.model).data_preprocessor, build_preprocessor(cfg)):
+        assert preprocessor.mean.flatten().tolist() == [1, 2, 3]
+        assert preprocessor.std.flatten().tolist() == [4, 5, 6]
+    assert preprocessor.to_rgb and MODELS.build(cfg.model).data_preprocessor._channel_conversion
 
 
 def test_accumulated_gradients_have_the_hook_of_the_momentum_branch():
