@@ -156,8 +156,21 @@ def _loss_of_parts(algorithm: nn.Module, n1: int, n2: int) -> Iterator[None]:
         return x[part] if isinstance(x, Tensor) else [y[part] for y in x]
 
     def loss(*sides: Any) -> Tensor:
-        parts = [slice(n1)] * (n1 > 0) + [slice(n1, None)] * (n2 > 0)
-        return sum(whole(*(rows(side, part) for side in sides)) for part in parts)
+        parts = [(slice(n1), n1)] * (n1 > 0) + [(slice(n1, None), n2)] * (n2 > 0)
+        # A moving average, as DINO's centre, is that of both parts and makes one step, not two.
+        own = algorithm.head.buffers(recurse=False)
+        averages = {x: x.clone() for x in own if x.is_floating_point()}
+        moved = {x: torch.zeros_like(x) for x in averages}
+        losses = []
+        for part, count in parts:
+            for x, before in averages.items():
+                x.copy_(before)
+            losses.append(whole(*(rows(side, part) for side in sides)))
+            for x, total in moved.items():
+                total.add_(x, alpha=count / (n1 + n2))
+        for x, total in moved.items():
+            x.copy_(total)
+        return sum(losses)
 
     algorithm.head.loss = loss
     try:
