@@ -86,7 +86,7 @@ def load_base(config: Path, cfg_options: Mapping[str, Any]) -> Config:
 
 
 def points(
-    cfg: Config, sweep: str, values: Sequence[float] | None = None
+    cfg: Config, sweep: str, values: Sequence[float] | None = None, processes: int = 1
 ) -> dict[Any, Point | None]:
     """The settings of a sweep, those that differ from the config, by the value to show.
 
@@ -95,6 +95,8 @@ def points(
         sweep (str): Of :data:`SWEEPS`.
         values (Sequence[float], optional): Values of the setting. Defaults to None: those of the
             sweep; 'gradient' and 'addons' have no others.
+        processes (int): That share a step; with fewer than two images in b2 none trains, and such
+            ratios are no default. Defaults to 1.
 
     Returns:
         dict: Settings by value; None stands for the base algorithm without SER.
@@ -144,7 +146,9 @@ def points(
             values = list(map(int, values or range(depth)))
         elif not values:
             values = [current[place] * factor for factor in FACTORS]
-            values = [value for value in values if sweep != 'equi_ratio' or value <= 1]
+            if sweep == 'equi_ratio':
+                batch = cfg.train_dataloader.batch_size * processes
+                values = [x for x in values if x <= 1 and round(x * batch) >= 2]
         found = {value: {place: value} for value in values}
     return {
         value: {place: x for place, x in settings.items() if x != current[place]}
@@ -388,7 +392,7 @@ def run_sweeps(
     plan = {
         sweep: {
             value: {seed: run_config(cfg, point, seed, work_dir, cfg_options) for seed in seeds}
-            for value, point in points(cfg, sweep, values).items()
+            for value, point in points(cfg, sweep, values, gpus or 1).items()
         }
         for sweep in sweeps
     }

@@ -73,6 +73,8 @@ def test_points_of_the_sweeps():
     assert [c.model.algorithm.backbone.ser_layer for c in cls.values()] == [2] * 6
     assert list(folders('temperature')) == [0.1, 0.2, 0.4, 0.8, 1.6]
     assert names(folders('loss_weight', [0.3]))[0.3] == 'loss_weight=0.3'
+    few = folders('equi_ratio', **{'train_dataloader.batch_size': 32})
+    assert list(few) == [1 / 16, 1 / 8, 1 / 4, 1 / 2]  # 1 / 32 would have one image in b2
     ratio = folders('equi_ratio', [0.3])[0.3]
     assert ratio.train_dataloader.dataset.pipeline[1].equi_ratio == 0.3
 
