@@ -30,6 +30,7 @@ from ser_mm.evaluation.data import build_loader
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.knn import check_shots, few_shot
 from ser_mm.evaluation.linear import fit_head
+from ser_mm.evaluation.metrics import tell_unseen
 from ser_mm.evaluation.results import make_table, write_results
 from ser_mm.evaluation.sets import add_sets, measure_set
 
@@ -134,6 +135,7 @@ def _report(
         f'Linear probe: {args.epochs} epochs on 90 % of the training images; learning rate {rate} '
         'chosen on the others' + (', at the edge of the sweep: widen --lrs.' if edge else '.'),
         f'k-NN: weights exp(cosine / {args.temperature}).',
+        *tell_unseen(train[1], val[1]),
     ]
     if sets:
         found['also'] = {

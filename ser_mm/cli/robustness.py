@@ -26,6 +26,7 @@ from ser_mm.datasets import Corrupt
 from ser_mm.engine.cpu import close_process_group
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.linear import fit_head
+from ser_mm.evaluation.metrics import tell_unseen
 from ser_mm.evaluation.results import write_results
 from ser_mm.evaluation.robustness import (
     CORRUPTIONS,
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         perturbations, missing_p = add_datasets(cfg, perturbations, args.imagenet_p)
 
     source = CachedFeatures(cfg, args.checkpoint, **feature_options(args))
-    head, choice, _ = fit_head(source, **probe_options(args))
+    head, choice, train = fit_head(source, **probe_options(args))
     classes, labels = classify(source, head, 'val')
     clean = float((classes == labels).double().mean())
     results = dict(
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = [
             f'{args.checkpoint}: top-1 {clean:.4f} on {len(labels)} clean images, linear head on '
             f'the last {args.blocks} block(s).',
+            *tell_unseen(train[1], labels),
             report_corruptions(results['imagenet_c']),
             report_perturbations(results['imagenet_p'], args.imagenet_p)
             if args.imagenet_p

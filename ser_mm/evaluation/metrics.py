@@ -34,6 +34,26 @@ def accuracy(scores: Tensor, labels: Tensor, confidence: float = 0.95) -> dict:
     return result
 
 
+def tell_unseen(train: Tensor, labels: Tensor) -> list[str]:
+    """A sentence on validation images of classes that no training image has.
+
+    Args:
+        train (Tensor): Labels of the training images, (N,).
+        labels (Tensor): Those of the validation images, (M,).
+
+    Returns:
+        list[str]: One sentence, or none where there are no such images.
+    """
+    unseen = labels[~torch.isin(labels, train)]
+    if not len(unseen):
+        return []
+    return [
+        f'{len(unseen)} of {len(labels)} validation images are of {len(unseen.unique())} classes '
+        f'without a training image, class {int(unseen[0])} say, and are counted as wrong: the '
+        f'top-1 accuracy cannot be above {1 - len(unseen) / len(labels):.4f}.'
+    ]
+
+
 def check_finite(outputs: Sequence[Tensor]) -> None:
     """Check what a network gives, before figures are made of it.
 

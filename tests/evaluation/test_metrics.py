@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from ser_mm.evaluation import accuracy
-from ser_mm.evaluation.metrics import mean_interval, paired_difference, rank_me
+from ser_mm.evaluation.metrics import mean_interval, paired_difference, rank_me, tell_unseen
 
 
 def test_accuracy_and_its_interval():
@@ -23,6 +23,14 @@ def test_accuracy_and_its_interval():
     assert result['top1_ci'] == pytest.approx(expected, abs=1e-6)
     votes = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     assert accuracy(votes, torch.tensor([1]))['top5'] == 0
+
+
+def test_classes_without_training_images_are_told():
+    """They lowered an accuracy without a word."""
+    assert tell_unseen(torch.tensor([0, 1, 1]), torch.tensor([1, 0])) == []
+    (told,) = tell_unseen(torch.tensor([0, 1, 1]), torch.tensor([1, 3, 0, 2, 3]))
+    assert told.startswith('3 of 5 validation images are of 2 classes without a training image, ')
+    assert told.endswith('cannot be above 0.4000.')
 
 
 def test_rank_of_features():
