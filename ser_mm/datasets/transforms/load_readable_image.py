@@ -67,7 +67,7 @@ class LoadReadableImage(LoadImageFromFile):
             that is skipped.
 
         Raises:
-            OSError, ValueError, cv2.error: Of such a file with ``skip=False``.
+            Exception: Of such a file with ``skip=False``, by its format.
         """
         path = results['img_path']
         try:
