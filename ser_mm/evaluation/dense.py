@@ -16,10 +16,12 @@ from mmengine.dist import (
     all_gather_object,
     broadcast_object_list,
     get_dist_info,
+    get_world_size,
     is_main_process,
 )
 from mmengine.runner import set_random_seed
-from mmpretrain.registry import TRANSFORMS
+from mmpretrain.datasets import CIFAR10, MNIST
+from mmpretrain.registry import DATASETS, TRANSFORMS
 from torch import Tensor
 
 from ser_mm.evaluation.angles import accuracy_by_angle
@@ -29,6 +31,7 @@ from ser_mm.evaluation.data import (
     begins_by_loading,
     build_loader,
     build_preprocessor,
+    dataset_of,
     evaluation_pipeline,
     spaced_images,
     spaced_indices,
@@ -184,10 +187,12 @@ def measure_dense(
 
     Raises:
         FileNotFoundError: If there are no images to segment, or a mask is missing.
-        ValueError: If a measure or a block is unknown, an image cannot be read, or the network
-            gives no maps.
+        ValueError: If a measure or a block is unknown, an image cannot be read, the network gives
+            no maps, or several processes are to measure on CIFAR or MNIST.
     """
     measures = check_measures(measures, masks)
+    if get_world_size() > 1:
+        check_waits_for_none(cfg, {x for name in measures for x in _SPLITS[name]} | {'val'})
     pairs = {x: find_pairs(masks, x) for x in ('train', 'val')} if masks is not None else {}
     set_random_seed(seed)
     source = CachedFeatures(cfg, checkpoint, '', batch_size=batch_size, num_workers=num_workers)
@@ -217,6 +222,26 @@ def measure_dense(
     for some in all_gather_object(own):
         kept |= some
     return dict(layers=run.numbers, **{x: kept[x] for x in MEASURES if x in measures})
+
+
+def check_waits_for_none(cfg: Config, splits: Iterable[str]) -> None:
+    """Refuse data sets that all processes have to build at once, as each has its own measures.
+
+    Args:
+        cfg (Config): With ``evaluation``.
+        splits (Iterable[str]): Of it, those that are looked at.
+
+    Raises:
+        ValueError: If one is CIFAR or MNIST of MMPretrain.
+    """
+    for split in splits:
+        kind = dataset_of(cfg, split)['type']
+        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, type) and issubclass(kind, CIFAR10 | MNIST):
+            raise ValueError(
+                f'evaluation.{split}.type={kind.__name__} is built by all processes at once, and '
+                'these have measures of their own; run the command as one process.'
+            )
 
 
 def _read(key: str, file: Path) -> Any:

@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 
 from ser_mm.evaluation import build_loader, dense
-from ser_mm.evaluation.dense import MEASURES, _Run, measure_dense, report_dense, select_maps
+from ser_mm.evaluation.dense import (
+    MEASURES,
+    _Run,
+    check_waits_for_none,
+    measure_dense,
+    report_dense,
+    select_maps,
+)
 from ser_mm.evaluation.features import CachedFeatures
 from ser_mm.evaluation.segmentation import find_pairs
 from tests.support.algorithms import RESNET
@@ -39,6 +46,16 @@ def test_layers_are_counted_from_1():
 def test_measures_are_known():
     with pytest.raises(ValueError, match=r"measures=\['depth'\]: choose one or more of corresp"):
         measure_dense(None, None, ['depth'])
+
+
+def test_data_sets_that_several_processes_would_wait_in_are_refused(imagenet_tree):
+    """MMPretrain's CIFAR10 has a barrier, which ranks with other measures did not come to."""
+    cfg = config(imagenet_tree)
+    cfg.default_scope = 'mmpretrain'
+    check_waits_for_none(cfg, ['train', 'val'])
+    cfg.evaluation.val = dict(type='mmpretrain.CIFAR10', data_root='data/cifar10', split='test')
+    with pytest.raises(ValueError, match=r'evaluation.val.type=CIFAR10 .* as one process'):
+        check_waits_for_none(cfg, ['train', 'val'])
 
 
 @pytest.mark.parametrize('backbone', [None, dict(RESNET, depth=18)], ids=['vit', 'resnet'])
