@@ -128,6 +128,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         ValueError: If the config does not say for which batch its learning rate is.
     """
     use_data(cfg, args)
+    if args.amp:  # before the options, which may be of it
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     set_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
@@ -140,9 +143,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
                 f'to resume from the newest one in {cfg.work_dir}.'
             )
         cfg.resume, cfg.load_from = True, args.resume
-    if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ValueError(

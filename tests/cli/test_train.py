@@ -305,6 +305,15 @@ def test_training_and_evaluations_see_the_same_pixels(name, place):
     assert preprocessor.to_rgb and MODELS.build(cfg.model).data_preprocessor._channel_conversion
 
 
+def test_options_of_mixed_precision():
+    """They are fields of the wrapper that --amp brings."""
+    cfg = Config.fromfile(find_config('demo/ser_mocov3'))
+    options = ['optim_wrapper.loss_scale=512', 'optim_wrapper.dtype=bfloat16']
+    merge_args(cfg, parse_args(['config.py', '--amp', '--cfg-options', *options]))
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 512 and cfg.optim_wrapper.dtype == 'bfloat16'
+
+
 def test_accumulated_gradients_have_the_hook_of_the_momentum_branch():
     assert hooks_of(optim_wrapper=dict(accumulative_counts=1)) == ['ResumeHook']
     added = hooks_of(optim_wrapper=dict(accumulative_counts=4))
