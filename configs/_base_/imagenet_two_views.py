@@ -64,7 +64,13 @@ train_dataloader = dict(
     ),
 )
 
-# What MMPretrain's FeatureExtractor reads. Nothing is tested while pretraining.
-test_dataloader = dict(dataset=_base_.evaluation.val)
+# What MMPretrain's FeatureExtractor reads, which knows one way of loading. Nothing is tested while
+# pretraining.
+test_dataloader = dict(
+    dataset=dict(
+        _base_.evaluation.val,
+        pipeline=[dict(type='LoadImageFromFile'), *_base_.eval_pipeline[1:]],
+    )
+)
 test_cfg = dict()
 test_evaluator = []

@@ -48,8 +48,11 @@ evaluation = dict(
     val=dict(type='BundledPhotos', split='val', pipeline=eval_pipeline),
 )
 
-# What MMPretrain's FeatureExtractor reads. Nothing is tested while pretraining.
-test_dataloader = dict(dataset=evaluation['val'])
+# What MMPretrain's FeatureExtractor reads, which knows one way of loading. Nothing is tested while
+# pretraining.
+test_dataloader = dict(
+    dataset=dict(evaluation['val'], pipeline=[dict(type='LoadImageFromFile'), *eval_pipeline[1:]])
+)
 test_cfg = dict()
 test_evaluator = []
 

@@ -69,10 +69,11 @@ _FIELDS = {
 # What MMEngine takes out of a dict before its object is built.
 TAKEN_OUT = {
     *('type', '_scope_', '_delete_', 'priority', 'constructor', 'paramwise_cfg'),
-    *('num_batch_per_epoch', 'convert_to_iter_based', 'by_epoch'),
+    *('num_batch_per_epoch', 'disable_subprocess_warning', 'convert_to_iter_based', 'by_epoch'),
+    'target',  # of compile
 }
 # In place of a name that is close to one of a class that takes names beyond its own.
-_CLOSE = 0.9
+_CLOSE = 0.85
 _MISSING = object()
 _NAMED = {'true': True, 'false': False}
 _BRACKETS = {'[': ']', '(': ')'}
@@ -268,7 +269,7 @@ def takes(cfg: Config, place: str, node: Mapping) -> tuple[set[str], bool] | Non
         is not known.
     """
     if place in _FIELDS:
-        return _FIELDS[place], False
+        return _FIELDS[place], place == 'evaluation'  # other sets may have other names there
     if '.' in place and place.endswith('_cfg'):  # of a layer, from which its builder takes more
         return None
     kind = node.get('type', _DEFAULT_TYPES.get(place))
@@ -291,13 +292,24 @@ def _registered(name: str, scope: str | None) -> list[Callable]:
 def _parameters(kind: Callable) -> tuple[set[str], bool]:
     """Names of the parameters, with those that a class hands on, and whether there are others."""
     functions = list(constructors(kind)) if isinstance(kind, type) else [kind]
+    # Some hand them to something else than a base, as to a network of timm.
+    keep = [x for x in functions if takes_more(x) and not _hands_on(x)]
     names = {
         x.name
         for function in functions
         for x in inspect.signature(function).parameters.values()
         if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) and x.name != 'self'
     }
-    return names, bool(functions) and takes_more(functions[-1])
+    return names, bool(keep) or bool(functions) and takes_more(functions[-1])
+
+
+def _hands_on(constructor: Callable) -> bool:
+    """Whether a constructor gives its ``**kwargs`` to that of a base."""
+    try:
+        source = inspect.getsource(constructor)
+    except (OSError, TypeError):  # of an extension
+        return False
+    return re.search(r'\.__init__\((?:[^()]|\([^()]*\))*\*\*\w+\s*,?\s*\)', source) is not None
 
 
 def _places(place: str, node: Any, name: str, value: Any) -> Iterator[str]:

@@ -34,7 +34,6 @@ from ser_mm.experiments.sweeps import (
     CONFIG,
     LOSS_WEIGHT,
     NAME,
-    SER_LAYER,
     Point,
     load_base,
     run_config,
@@ -99,15 +98,6 @@ def arm_config(
     if arm == 'late_cls':
         layer = backbone.get('cls_layer')
         own.model.backbone.cls_layer = backbone.ser_layer if layer is None else layer
-    if arm == 'supervised':  # the same network
-        own.merge_from_dict(
-            {
-                place.replace('.algorithm', '', 1): value
-                for place, value in cfg_options.items()
-                if place.startswith('model.algorithm.backbone.')
-                and place not in (SER_LAYER, CLS_LAYER)
-            }
-        )
     return own
 
 

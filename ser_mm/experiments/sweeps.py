@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmpretrain.models import BaseClassifier
 from mmpretrain.registry import MODELS
 
 from ser_mm.engine.schedules import follow_max_epochs
@@ -148,7 +149,8 @@ def points(
             values = [current[place] * factor for factor in FACTORS]
             if sweep == 'equi_ratio':
                 batch = cfg.train_dataloader.batch_size * processes
-                values = [x for x in values if x <= 1 and round(x * batch) >= 2]
+                fit = [x for x in values if x <= 1 and round(x * batch) >= 2]
+                values = fit if current[place] in fit else values  # which are refused when trained
         found = {value: {place: value} for value in values}
     return {
         value: {place: x for place, x in settings.items() if x != current[place]}
@@ -242,17 +244,22 @@ def _take_options(own: Config, cfg_options: Mapping[str, Any]) -> None:
     if own.model.type == 'SERAlgorithm':
         own.merge_from_dict(dict(cfg_options))
         return
+    kind = MODELS.get(own.model.type)
+    classifies = isinstance(kind, type) and issubclass(kind, BaseClassifier)
+    pixels = ('mean', 'std', 'to_rgb')
+    inside = ('backbone.', *(f'data_preprocessor.{x}' for x in pixels)) if classifies else ('',)
     for place, value in cfg_options.items():
         if place in (SER_LAYER, CLS_LAYER, EQUI_RATIO):
             continue  # the [CLS] of other methods would follow SER's layer
-        if place.startswith('model.algorithm.'):
-            place = place if 'algorithm' in own.model else place.replace('.algorithm', '', 1)
-            own.merge_from_dict({place: value})
+        if place.startswith(tuple(f'model.algorithm.{part}' for part in inside)):
+            there = place if 'algorithm' in own.model else place.replace('.algorithm', '', 1)
+            own.merge_from_dict({there: value})
         elif not place.startswith('model.'):
             own.merge_from_dict({place: value})
-        # The preprocessor of SER's model tells how all see the images.
+    # The preprocessor of SER's model tells how all see the images.
+    for place, value in cfg_options.items():
         owner, _, name = place.rpartition('.')
-        if owner == 'model.data_preprocessor' and name in ('mean', 'std', 'to_rgb'):
+        if owner == 'model.data_preprocessor' and name in pixels:
             for other in (owner, 'data_preprocessor', 'model.algorithm.data_preprocessor'):
                 if _field(own, other):
                     own.merge_from_dict({f'{other}.{name}': value})
