@@ -121,8 +121,6 @@ def resolve_options(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         existing = _find(cfg, key)
         _check_is_read(cfg, key)
-        if existing is _MISSING:
-            _check_is_taken(cfg, key, options)
         try:
             resolved[key] = _meaning(key, value, existing) if isinstance(value, str) else value
         except _Brackets as error:
@@ -130,7 +128,18 @@ def resolve_options(cfg: Config, options: Mapping[str, Any]) -> dict[str, Any]:
                 f'--cfg-options {key}={value}: the brackets of the list do not match; if it is a '
                 f"""string, put it in quotes: {key}='"{value}"'."""
             ) from error
+    fields = dict(_fields('', resolved))
+    for key in fields:
+        _check_is_taken(cfg, key, fields)
     return resolved
+
+
+def _fields(start: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options, and what is in those that are dicts, by place."""
+    for name, value in options.items():
+        yield f'{start}{name}', value
+        if isinstance(value, dict):
+            yield from _fields(f'{start}{name}.', value)
 
 
 class _Brackets(ValueError):
@@ -227,8 +236,15 @@ def _check_is_taken(cfg: Config, key: str, options: Mapping[str, Any]) -> None:
     for part in key.split('.'):
         if isinstance(node, dict) and part not in node and (place or part == key):
             break
-        node = node.get(part, {}) if isinstance(node, dict) else node[int(part)]
+        if isinstance(node, dict):
+            node = node.get(part, {})
+        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return
         place = f'{place}.{part}'.lstrip('.')
+    else:
+        return
     named = (f'{place}.{part}', f'{place}.{part}.type')
     if place == 'default_hooks' and not options.keys().isdisjoint(named):  # a hook of that name
         return

@@ -167,6 +167,26 @@ def test_new_fields_that_something_takes():
         },
     )
     assert cfg.default_hooks.mine == dict(type='CheckpointHook', interval=2)
+    # What a dict in braces says counts for the other options, and is looked at itself.
+    whole = '{"_delete_": True, "type": "SGD", "lr": 0.1}'
+    set_options(cfg, {'optim_wrapper.optimizer': whole, 'optim_wrapper.optimizer.momentum': '0.9'})
+    assert cfg.optim_wrapper.optimizer == dict(type='SGD', lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match='checkpoint.intervall: .* did you mean'):
+        resolve_options(cfg, {'default_hooks.checkpoint': "{'intervall': 1}"})
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'model.backbone.type': 'TIMMBackbone', 'model.backbone.drop_rate': '0.1'},
+        {'model.type': 'TimmClassifier', 'model.model_name': 'resnet18'},
+        {'train_dataloader.disable_subprocess_warning': 'True'},
+        {'evaluation.test.type': 'CustomDataset'},
+        {'compile.target': 'forward'},
+    ],
+)
+def test_names_that_a_class_or_mmengine_hands_elsewhere(options):
+    resolve_options(Config.fromfile(find_config('finetune_mocov3_vits16')), options)
 
 
 CONFIGS = find_config('ser_mocov3_vits16').parent
