@@ -195,8 +195,10 @@ def _check_is_read(cfg: Config, key: str) -> None:
     """Refuse a field that nothing reads: a slip, or a variable whose value was copied."""
     top, _, rest = key.partition('.')
     read = read_fields(cfg)
-    # Models of these configs have a data_preprocessor of their own, a copy too.
-    if top in read and not (top == 'data_preprocessor' and top in cfg):
+    # Models of most configs have a data_preprocessor of their own, a copy too, which counts.
+    model = cfg.get('model') or {}
+    own = model.get(top) or (model.get('algorithm') or {}).get(top)
+    if top in read and not (top == 'data_preprocessor' and top in cfg and own):
         return
     if top not in cfg:
         near = difflib.get_close_matches(top, read, n=1) or _deeper(cfg, '', top)

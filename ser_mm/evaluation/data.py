@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ser_mm.engine.checks import check_dataset
 from ser_mm.engine.images import check_classes, check_labels
 from ser_mm.evaluation.reading import read_batches, refuse
+from ser_mm.models.data_preprocessor import pixels_of
 from ser_mm.progress import tell_progress
 
 
@@ -116,7 +117,7 @@ def build_preprocessor(cfg: Config) -> nn.Module:
         nn.Module: MMPretrain's ``ClsDataPreprocessor``, on the device that there is.
 
     Raises:
-        ValueError: If the config says nothing of the normalization.
+        ValueError: If the config says nothing of the normalization, or of mean and std one alone.
     """
     found = [
         place.get('data_preprocessor') or {}
@@ -127,8 +128,8 @@ def build_preprocessor(cfg: Config) -> nn.Module:
     # As in training: that of the model is laid over that of the algorithm in it, mean and std
     # together, and MMEngine takes that of the config where the model has none.
     near = [x for x in found[:2] if x] or found[2:]
-    near = near if any('mean' in x for x in near) else found
-    pixels = next(({k: x[k] for k in ('mean', 'std') if k in x} for x in near if 'mean' in x), {})
+    own = (pixels_of(f'{cfg.filename}', x) for x in near)
+    pixels = next(filter(None, own), {})
     pixels |= next(({'to_rgb': x['to_rgb']} for x in near if 'to_rgb' in x), {})
     return MODELS.build(dict(type='mmpretrain.ClsDataPreprocessor', **pixels)).to(get_device())
 

@@ -1,5 +1,5 @@
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,29 @@ from ser_mm.views import ViewBatch, count_b2_of_rank
 _CHANNELS = Rule('for one or three channels', lambda x: len(x) in (1, 3))
 
 _CONVERSIONS = {'to_rgb', 'bgr_to_rgb', 'rgb_to_bgr'}
+
+
+def pixels_of(owner: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and std of the config of a preprocessor, which belong together.
+
+    Args:
+        owner (str): Whose it is, for the message.
+        config (Mapping[str, Any]): The config.
+
+    Returns:
+        dict[str, Any]: ``mean`` and ``std``, or nothing.
+
+    Raises:
+        ValueError: If one is there without the other.
+    """
+    pixels = {key: config[key] for key in ('mean', 'std') if key in config}
+    if len(pixels) == 1:
+        (there,) = pixels
+        raise ValueError(
+            f'{owner}: data_preprocessor has a {there} without a '
+            f'{"std" if there == "mean" else "mean"}; set both, as they belong together.'
+        )
+    return pixels
 
 
 @MODELS.register_module()

@@ -159,17 +159,14 @@ def _loss_of_parts(algorithm: nn.Module, n1: int, n2: int) -> Iterator[None]:
         parts = [(slice(n1), n1)] * (n1 > 0) + [(slice(n1, None), n2)] * (n2 > 0)
         # A moving average, as DINO's centre, is that of both parts and makes one step, not two.
         own = algorithm.head.buffers(recurse=False)
-        averages = {x: x.clone() for x in own if x.is_floating_point()}
-        moved = {x: torch.zeros_like(x) for x in averages}
+        averages = [_Average(x) for x in own if x.is_floating_point()]
         losses = []
         for part, count in parts:
-            for x, before in averages.items():
-                x.copy_(before)
             losses.append(whole(*(rows(side, part) for side in sides)))
-            for x, total in moved.items():
-                total.add_(x, alpha=count / (n1 + n2))
-        for x, total in moved.items():
-            x.copy_(total)
+            for average in averages:
+                average.take(count / (n1 + n2))
+        for average in averages:
+            average.finish()
         return sum(losses)
 
     algorithm.head.loss = loss
@@ -177,6 +174,27 @@ def _loss_of_parts(algorithm: nn.Module, n1: int, n2: int) -> Iterator[None]:
         yield
     finally:
         del algorithm.head.loss
+
+
+class _Average:
+    """A buffer that each of several calls moves from where it was, and that becomes their mean."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.before = buffer, buffer.clone()
+        self.total, self.version = torch.zeros_like(buffer), buffer._version
+        self.changed = False
+
+    def take(self, share: float) -> None:
+        """What a call has made of it, and back to the start, if it was changed."""
+        self.total.add_(self.buffer, alpha=share)
+        if self.buffer._version != self.version:
+            self.buffer.copy_(self.before)
+            self.version = self.buffer._version
+            self.changed = True
+
+    def finish(self) -> None:
+        if self.changed:
+            self.buffer.copy_(self.total)
 
 
 def _build_head(config: dict | None) -> nn.Module:

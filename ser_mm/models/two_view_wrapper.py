@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from ser_mm.arguments import InitCfg
 from ser_mm.models.contract import seen_views, try_views
-from ser_mm.models.data_preprocessor import SERDataPreprocessor
+from ser_mm.models.data_preprocessor import SERDataPreprocessor, pixels_of
 from ser_mm.models.foreach_ema import use_foreach_update
 from ser_mm.views import ViewBatch
-
-_PIXELS = {'mean', 'std'}
 
 
 class TwoViewWrapper(BaseModel):
@@ -196,13 +194,7 @@ def _preprocessor(
     stride = backbone.token_map_stride
     if not isinstance(given, nn.Module):
         config = {**(inner or {}), **(given or {})}
-        if given and not _PIXELS.isdisjoint(given):  # mean and std belong together
-            config = {k: v for k, v in config.items() if k not in _PIXELS or k in given}
-            if missing := _PIXELS - config.keys():
-                raise ValueError(
-                    f'{owner}: data_preprocessor has no {missing.pop()} beside its '
-                    f'{", ".join(_PIXELS & given.keys())}; set both, as they belong together.'
-                )
+        config |= pixels_of(owner, given or {})
         kind = config.get('type', 'SelfSupDataPreprocessor')
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if kind is SelfSupDataPreprocessor:

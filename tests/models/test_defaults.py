@@ -126,7 +126,7 @@ def test_explicit_values_win():
     'options, message',
     [
         (dict(neck=dict(in_channels=50)), 'neck.in_channels=50, .* set neck.in_channels=48'),
-        (dict(data_preprocessor=dict(mean=[1, 2, 3])), 'has no std beside its mean; set both'),
+        (dict(data_preprocessor=dict(mean=[1, 2, 3])), 'has a mean without a std; set both'),
         (dict(data_preprocessor=dict(patch_size=16)), 'patch_size=16.* patch_size=8'),
         (
             dict(

@@ -207,6 +207,17 @@ def test_loss_inv_of_b1_and_b2_apart(name, n2):
     assert any(grad.any() for grad in gradients(model, losses['loss_inv']).values())
 
 
+def test_a_head_with_a_constant_learns_apart():
+    """What the head does not move stays untouched, as gradients may need it."""
+    model = model_of('simsiam', invariance='apart')
+    head = model.algorithm.head
+    head.register_buffer('weight_of_loss', torch.tensor(2.0, dtype=torch.float64))
+    own = head.loss
+    head.loss = lambda *sides: own(*(side * head.weight_of_loss for side in sides))
+    loss = model.loss(two_views(4, 4, dtype=torch.float64))['loss_inv']
+    assert any(grad.any() for grad in gradients(model, loss).values())
+
+
 @pytest.mark.parametrize('name', ['mocov3', 'dino', 'barlowtwins'])
 def test_50_steps_end_where_they_do_with_two_passes(name, monkeypatch):
     """b2 of other sizes in every step, and at times none."""
