@@ -23,6 +23,7 @@ _TAR = '.tar'
 _ARCHIVES = ('.zip', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar', '.zst')
 _LABELLED = re.compile(r'(.*?)[\s,]+(-?\d+)')
 _EVERY = 5  # the share of a class that is held out
+_MOST_CLASSES = 10**6  # what is more is a date or an id
 _LOOK = 100  # lines of a list whose files are looked for before the run
 
 
@@ -142,20 +143,21 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
     root = Path(root).expanduser()
     if split == 'all' or not root.is_dir():
         return root, False
-    folders = {entry.name.lower(): Path(entry.path) for entry in _scan(root)[0]}
-    found = {
-        part: folders.pop(name)
-        for part, names in _PARTS.items()
-        for name in names
-        if name in folders
-    }
+    folders: dict[str, list[Path]] = {}
+    for entry in sorted(_scan(root)[0], key=lambda x: x.name, reverse=True):  # small letters first
+        folders.setdefault(entry.name.lower(), []).append(Path(entry.path))
+    found: dict[str, Path] = {}
+    spare: list[Path] = []
+    for part, names in _PARTS.items():
+        if same := [x for name in names for x in folders.pop(name, [])]:
+            found[part], *more = same
+            spare += more
     both = {'train', 'val'} <= set(found)
     if not {'train', 'val'} & set(found):
         return root, False
     above = (os.path.realpath(root),)
-    others = [
-        name for name, folder in folders.items() if next(_walk(folder, suffixes, above), None)
-    ]
+    rest = [*spare, *(folder for some in folders.values() for folder in some)]
+    others = sorted(x.name for x in rest if next(_walk(x, suffixes, above), None))
     # One class may be called train: then others are beside it. No two are called train and val.
     if others and not both:
         return root, False
@@ -175,11 +177,16 @@ def part_of(root: str | Path, split: str, suffixes: Sequence[str] = SUFFIXES) ->
 
 
 def class_folders(place: Path, suffixes: Sequence[str] = SUFFIXES) -> set[str]:
-    """Names of the folders directly in ``place`` that hold images; none if it is a list."""
-    if not place.is_dir():
+    """Names of the folders of classes in ``place``, or in its archives; none if it is a list."""
+    if place.is_dir():
+        above = (os.path.realpath(place),)
+        names = {x.name for x in _scan(place)[0] if next(_walk(x.path, suffixes, above), None)}
+        if names or any(True for _ in _walk(place, suffixes)):
+            return names
+    elif place.suffix.lower() != _TAR:
         return set()
-    above = (os.path.realpath(place),)
-    return {x.name for x in _scan(place)[0] if next(_walk(x.path, suffixes, above), None)}
+    ways = _iterate_ways(place, tuple(suffixes), warn=False)
+    return {way[0] for _, way in ways if len(way) > 1}
 
 
 def check_images(
@@ -253,7 +260,12 @@ def iterate_images(
         else:
             yield path, way[0] if with_label else None
     if loose and warn:
-        print_log(f'{place}: passed over {loose} images that are in no class folder', 'current', 30)
+        print_log(
+            f'{place}: passed over {loose} images that are in no class folder, where labels are '
+            'needed',
+            'current',
+            30,
+        )
 
 
 def _iterate_ways(
@@ -298,6 +310,11 @@ def _read_list(
         match = _LABELLED.fullmatch(line)
         if match and match[1].lower().endswith(suffixes):
             line, label = match[1], int(match[2])
+            if label >= _MOST_CLASSES:
+                raise ValueError(
+                    f'{path}, line {number}: {label} is no number of a class, of which there would '
+                    'be as many; number the classes from 0.'
+                )
         elif not line.lower().endswith(suffixes):
             raise ValueError(
                 f'{path}, line {number}: {line[:80]!r} is neither PATH nor PATH LABEL, with an '

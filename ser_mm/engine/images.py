@@ -208,6 +208,12 @@ def check_labels(datasets: dict[str, dict], num_classes: int | None = None) -> N
     from_one = (
         num_classes is None and len(together) > 1 and together == set(range(1, len(together) + 1))
     )
+    if num_classes is None and len(together) == 1 < len(found) == len(datasets):
+        field = next(iter(found))
+        raise ValueError(
+            f'{_file_of(field, datasets[field])} has one class, {together.pop()}, and two or more '
+            'are to be told apart.'
+        )
     for field, labels in found.items():
         said = f'{_file_of(field, datasets[field])} has labels from {min(labels)} to {max(labels)}'
         if from_one:

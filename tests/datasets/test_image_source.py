@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ser_mm.datasets import ImageSource
+from ser_mm.datasets import ImageSource, image_source
 from ser_mm.datasets.image_source import check_images
 from tests.support.images import write_images
 from tests.support.unprivileged import unprivileged
@@ -105,6 +105,17 @@ def test_what_lies_beside_train_and_val_is_left_out(tmp_path):
     assert names(tmp_path / 'one', with_label=True) == {'car/2.png': 0, 'train/1.png': 1}
 
 
+def test_of_two_folders_of_one_part_the_first_counts(tmp_path, monkeypatch):
+    """The last did, and nothing was said of the other."""
+    told = []
+    monkeypatch.setattr(image_source, 'print_log', lambda x, *_: told.append(x))
+    parts = ('train/1.png', 'TRAIN/2.png', 'val/3.png', 'validation/4.png', 'test/5.png')
+    write_images(tmp_path, *parts)
+    assert list(names(tmp_path)) == ['train/1.png']
+    assert list(names(tmp_path, split='val')) == ['val/3.png']
+    assert 'images of TRAIN, validation beside them are left out' in told[0]
+
+
 def test_a_link_to_itself_is_passed_over(tmp_path):
     write_images(tmp_path, 'a/1.png')
     (tmp_path / 'a' / 'self').symlink_to('self')
@@ -120,6 +131,7 @@ def refusals(tmp_path):
         'half.txt': 'flat/1.png 0\nflat/1.png\n',
         'gone.txt': 'gone/1.png 0\ngone/2.png 0\n',
         'word.txt': 'flat/1.png cat\n',
+        'date.txt': 'flat/1.png 20240105\n',
         'a.zip': 'PK',
     }
     for name, text in texts.items():
@@ -136,6 +148,7 @@ def refusals(tmp_path):
         'half.txt': "line 2: 'flat/1.png' has no label; add a number, counted from 0",
         'gone.txt': 'gone/1.png and what follows it do not exist; paths in a list are relative',
         'word.txt': "line 1: 'flat/1.png cat' is neither",
+        'date.txt': 'line 1: 20240105 is no number of a class',
         'a.zip': 'is an archive; unpack it',
         'binary': 'is neither a folder nor a text file that lists images',
     }

@@ -1,5 +1,7 @@
 """Images in place of the data sets of a config, and labels counted from 0."""
 
+import copy
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,13 @@ def test_labels_that_are_counted_from_0(annotated):
     check_labels(dict(a=annotated(1, 2)), num_classes=3)
 
 
+def test_one_class_in_lists(annotated):
+    """Every answer was right."""
+    lists = {x: annotated(0, 0, kind='ImageSource') for x in ('evaluation.train', 'evaluation.val')}
+    with pytest.raises(ValueError, match=r'evaluation.train.data_root = .* has one class, 0, and'):
+        check_labels(lists)
+
+
 def test_labels_that_are_no_class(annotated):
     with pytest.raises(ValueError, match='labels from 1 to 3; count them from 0 to 2'):
         check_labels(dict(a=annotated(1, 2, 3)), num_classes=3)
@@ -179,6 +188,30 @@ def test_class_folders_of_a_classifier_are_the_same(tmp_path):
         check_class_labels(cfg)
     write_images(tmp_path, 'val/b/0.png')
     check_class_labels(cfg)
+
+
+def test_class_folders_in_archives_are_the_same(tmp_path):
+    """Archives were passed over: the first class of validation was taken for that of training."""
+    write_images(tmp_path, *(f'raw/{x}/0.png' for x in 'abc'))
+    for name in ('train/a', 'train/b', 'train/c', 'val/b', 'val/c'):
+        (tmp_path / 'own' / name).mkdir(parents=True)
+        with tarfile.open(tmp_path / 'own' / name / 'x.tar', 'w') as archive:
+            archive.add(tmp_path / 'raw' / name[-1] / '0.png', '0.png')
+    with tarfile.open(tmp_path / 'all.tar', 'w') as archive:
+        for x in 'abc':
+            archive.add(tmp_path / 'raw' / x / '0.png', f'{x}/0.png')
+    with tarfile.open(tmp_path / 'one.tar', 'w') as archive:
+        archive.add(tmp_path / 'raw' / 'a' / '0.png', 'a/0.png')
+    empty = classifier(dict(type='CustomDataset', data_root='x', pipeline=[]), 3)
+    for train, val in ((tmp_path / 'own', None), (tmp_path / 'all.tar', tmp_path / 'own' / 'val')):
+        cfg = copy.deepcopy(empty)
+        use_images(cfg, str(train), val)
+        with pytest.raises(ValueError, match='have different classes: a and 0 more are in one'):
+            check_class_labels(cfg)
+    cfg = copy.deepcopy(empty)
+    use_images(cfg, str(tmp_path / 'one.tar'))
+    with pytest.raises(ValueError, match='has one class, a, and two or more'):
+        check_class_labels(cfg)
 
 
 def test_image_source_in_a_config_is_checked(tmp_path):
