@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     MMLogger.get_instance('demo', log_level='WARNING')
     cfg = Config.fromfile(find_config(f'demo/ser_{args.algorithm}'))
     cfg_options = resolve_options(cfg, args.cfg_options)
-    run_demo(args.algorithm, args.seeds, args.work_dir, cfg_options)
+    run_demo(args.algorithm, list(dict.fromkeys(args.seeds)), args.work_dir, cfg_options)
 
 
 if __name__ == '__main__':

@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable('--work-dir', args.work_dir)
     MMLogger.get_instance('demo', log_level='WARNING')
     cfg_options = resolve_options(read_config('demo/detection'), args.cfg_options)
-    run_detection(args.algorithm, args.seeds, args.pretrained, args.work_dir, cfg_options)
+    run_detection(
+        args.algorithm, list(dict.fromkeys(args.seeds)), args.pretrained, args.work_dir, cfg_options
+    )
 
 
 if __name__ == '__main__':

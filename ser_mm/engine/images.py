@@ -69,7 +69,7 @@ def use_images(
         root = train if split == 'train' else val
         return dict(
             type='mmpretrain.ImageSource',
-            data_root=str(root.absolute()),
+            data_root=os.path.abspath(root),  # the same from any folder that names it
             split=split,
             hold_out=hold_out and train == val,
             with_label=with_label,

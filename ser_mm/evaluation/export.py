@@ -102,18 +102,20 @@ def export_backbone(
         ),
     )
     own = architecture.startswith('ser_')
-    lines = ['import sys', f'sys.path.insert(0, {str(out)!r})', 'import ser_vit'] if own else []
-    usage = '\n'.join(
-        [
-            *lines,
+
+    def usage(place: str) -> str:
+        first = ['import sys', f'sys.path.insert(0, {place!r})', 'import ser_vit'] if own else []
+        lines = [
+            *first,
             'import timm',
-            f"network = timm.create_model('local-dir:{out}', pretrained=True, num_classes=0)",
+            f"network = timm.create_model('local-dir:{place}', pretrained=True, num_classes=0)",
             'network.eval()',
             'data = timm.data.resolve_model_data_config(network)',
             _preparing(cfg),
         ]
-    )
-    card = _card(cfg, checkpoint, config, usage.replace(str(out), 'FOLDER'))
+        return '\n'.join(lines)
+
+    card = _card(cfg, checkpoint, config, usage('FOLDER'))
     with replacing_folder(out) as folder:
         _save(network.state_dict(), folder / 'model.safetensors')
         text = json.dumps({**config, _MARK: 'ser_mm'}, indent=2)
@@ -122,7 +124,7 @@ def export_backbone(
         if own:
             source = Path(__file__).with_name('_ser_vit.py').read_text()
             (folder / 'ser_vit.py').write_text(source)
-    return usage
+    return usage(str(out))
 
 
 def data_config(cfg: Config, backbone: nn.Module) -> dict[str, Any]:

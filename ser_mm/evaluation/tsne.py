@@ -96,9 +96,10 @@ def load_panels(
         source.cfg.evaluation[name], classes = choose_images(dataset, classes, per_class)
         count = len(source.cfg.evaluation[name].indices)
         if count <= max(perplexity, NEIGHBOURS):
+            lower = 'lower it or ' if perplexity >= NEIGHBOURS else ''
             raise ValueError(
-                f'perplexity {perplexity:g} needs more than {count} images; lower it or take more '
-                'of each class.'
+                f'perplexity {perplexity:g} needs more than {count} images, as do the {NEIGHBOURS} '
+                f'neighbours that are looked at; {lower}take more of each class.'
             )
     panels = {}
     for name in datasets:

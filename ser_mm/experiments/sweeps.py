@@ -124,6 +124,10 @@ def points(
     given = {IN_CHANNELS: _field(cfg, IN_CHANNELS), STRIDE: _field(cfg, STRIDE)}
     current |= {place: value for place, value in given.items() if value is not None}
     found: dict[Any, Point] = {}
+    if sweep in ('layer', 'cls') and any(x != int(x) for x in values or ()):
+        raise ValueError(
+            f'{sweep}: the values {list(values or ())} are numbers of blocks; give whole ones.'
+        )
     if sweep == 'layer':
         for layer in map(int, values or range(1, depth + 1)):
             found[layer] = {SER_LAYER: layer}

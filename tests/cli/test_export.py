@@ -38,6 +38,14 @@ def test_what_it_prints_loads_what_it_wrote(checkpoint, tmp_path, capsys):
     assert 'MoCoV3 with SER' in card and 'after block 2 of 6' in card and str(tmp_path) not in card
 
 
+def test_the_card_of_a_folder_named_as_a_word_of_the_code(checkpoint, tmp_path, monkeypatch):
+    """Its name was replaced wherever it was: `import FOLDER`."""
+    monkeypatch.chdir(tmp_path)
+    assert run_command('export', 'demo/ser_mocov3', checkpoint, 'timm') is None
+    card = (tmp_path / 'timm' / 'README.md').read_text()
+    assert '\nimport timm\n' in card and "'local-dir:FOLDER'" in card
+
+
 MISTAKES = {
     '--to torchvision': 'backbone.type=SERVisionTransformer cannot be exported to torchvision',
     '--to mmpretrain': 'has cls_layer=2, a late [CLS], which mmpretrain has no network for; keep',

@@ -144,6 +144,8 @@ def test_stages_of_a_resnet_find_their_channels():
     found = folders('layer', config='ser_barlowtwins_r50')
     assert [cfg.model.algorithm.backbone.ser_layer for cfg in found.values()] == [1, 2, 3, 4]
     assert not any('in_channels' in cfg.model.get('neck', {}) for cfg in found.values())
+    with pytest.raises(ValueError, match='layer: the values .* give whole ones'):
+        folders('layer', [1.5])
     with pytest.raises(ValueError, match='cls: .*cls_layer is not in'):
         folders('cls', config='ser_barlowtwins_r50')
     with pytest.raises(ValueError, match="choose a config with type='SERAlgorithm'"):
