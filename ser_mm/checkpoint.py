@@ -409,10 +409,13 @@ def differences(told: str) -> str:
         str: Three names of each kind, and the number of others.
     """
     lists = {x[1].lower(): x[2].replace('"', '').split(', ') for x in _NAMES.finditer(told)}
-    shapes = [f'{x[1]} ({x[2]} there, {x[3]} here)' for x in _SHAPES.finditer(told)]
+    shapes = [
+        f'{x[1]} ({x[2] or "one number"} in the file, {x[3] or "one number"} in the network)'
+        for x in _SHAPES.finditer(told)
+    ]
     found = {
-        'Missing there': lists.get('missing', []),
-        'not known here': lists.get('unexpected', []),
+        'Missing in the file': lists.get('missing', []),
+        'not in the network': lists.get('unexpected', []),
         'of other shapes': shapes,
     }
     parts = [
@@ -420,8 +423,8 @@ def differences(told: str) -> str:
         for kind, names in found.items()
         if names
     ]
-    sentence = '; '.join(parts) or told
-    return f'{sentence[0].upper()}{sentence[1:]}.'
+    sentence = '; '.join(parts) or (told.strip().splitlines() or ['No reason is told'])[0]
+    return f'{sentence[0].upper()}{sentence[1:].rstrip(".")}.'
 
 
 def _find_prefix(backbone: nn.Module, content: Mapping, checkpoint: str) -> str:

@@ -273,7 +273,7 @@ def test_weights_that_leave_a_part_of_another_backbone_at_random_are_refused(tmp
         FrozenClassifier(dict(backbone, init_cfg=init_cfg), head).init_weights()
 
     start('whole.pth')
-    with pytest.raises(ValueError, match=r'Missing there: .*layers\.1\.attn\.qkv\.weight'):
+    with pytest.raises(ValueError, match=r'Missing in the file: .*layers\.1\.attn\.qkv\.weight'):
         start('part.pth')
 
 

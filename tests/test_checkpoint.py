@@ -174,16 +174,16 @@ def test_loaded_weights_are_logged_as_loaded(checkpoint, imagenet_tree, tmp_path
 ALTERATIONS = {
     'missing key': (
         lambda weights: weights.pop('backbone.layers.1.ln1.weight'),
-        'Missing there: .*layers.1.ln1.weight',
+        'Missing in the file: .*layers.1.ln1.weight',
     ),
     'missing positions': (lambda weights: weights.pop('backbone.pos_embed'), 'pos_embed'),
     'unused key': (
         lambda weights: weights.update({'backbone.extra.weight': torch.ones(1)}),
-        'Not known here: extra.weight',
+        'Not in the network: extra.weight',
     ),
     'wrong shape': (
         lambda weights: weights.update({'backbone.ln1.weight': torch.ones(7)}),
-        r'Of other shapes: ln1.weight \(7 there, 48 here\)',
+        r'Of other shapes: ln1.weight \(7 in the file, 48 in the network\)',
     ),
     'an ordinary ViT': (
         lambda weights: weights.pop('backbone.cls_after'),
@@ -212,9 +212,9 @@ def test_network_that_inserts_cls_elsewhere(checkpoint, cls_layer):
 
 def test_network_of_another_depth_or_kind(checkpoint):
     path, _ = checkpoint
-    with pytest.raises(ValueError, match='Not known here: .*layers.3'):
+    with pytest.raises(ValueError, match='Not in the network: .*layers.3'):
         load(path, arch=dict(BACKBONE['arch'], num_layers=3))
-    with pytest.raises(ValueError, match='Missing there: .*ln2'):
+    with pytest.raises(ValueError, match='Missing in the file: .*ln2'):
         load(path, out_type='avg_featmap')
 
 
@@ -224,7 +224,7 @@ def test_another_network_is_one_sentence(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r' and \d+ more') as error:
         load(path, arch=dict(BACKBONE['arch'], embed_dims=96))
     told = str(error.value)
-    assert 'Of other shapes: cls_token (1, 1, 48 there, 1, 1, 96 here), ' in told
+    assert 'Of other shapes: cls_token (1, 1, 48 in the file, 1, 1, 96 in the network), ' in told
     assert '\n' not in told and len(told) < 500
 
 

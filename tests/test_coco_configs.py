@@ -167,15 +167,15 @@ def vit(tmp_path):
         (dict(cls_layer=0), 'set cls_layer=2'),
         (
             dict(patch_size=8),
-            'patch_embed.projection.weight (48, 3, 16, 16 there, 48, 3, 8, 8 here)',
+            'patch_embed.projection.weight (48, 3, 16, 16 in the file, 48, 3, 8, 8 in the network)',
         ),
-        (dict(arch=dict(TINY, num_layers=5)), 'Missing there'),
+        (dict(arch=dict(TINY, num_layers=5)), 'Missing in the file'),
         (
             dict(arch=dict(TINY, num_layers=3), frozen_stages=3),
-            'Not known here: layers.3.ln1.weight',
+            'Not in the network: layers.3.ln1.weight',
         ),
         (dict(init_cfg=dict(prefix='module.')), "prefix='module.'"),
-        (dict(init_cfg=dict(prefix='')), 'Missing there'),
+        (dict(init_cfg=dict(prefix='')), 'Missing in the file'),
         (dict(init_cfg=dict(checkpoint='missing.pth')), 'missing.pth'),
     ],
 )

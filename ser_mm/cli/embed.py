@@ -68,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with about_option('--out'):
         check_format(args.out, args.layer is not None)
     check_writable('--out', args.out, file=True)
-    check_writable('--out', args.out.parent)
     with about_option('--data'):
         check_images(args.data, 'all')
     cfg = load_config(args.config, args, splits=(), file=True)

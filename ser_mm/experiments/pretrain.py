@@ -56,7 +56,9 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     train({name: cfg}, gpus=processes(options.get('devices')))
     if unread := skipped(Path(f'{cfg.work_dir}.log')):
         more = f', and {len(unread) - 3} more, see {cfg.work_dir}.log' if unread[3:] else ''
-        print(f'{len(unread)} images were left out of training: {"; ".join(unread[:3])}{more}.')
+        least = 'At least ' if (processes(options.get('devices')) or 1) > 1 else ''  # rank 0's
+        told = '; '.join(unread[:3])
+        print(f'{least}{len(unread)} images were left out of training: {told}{more}.')
     checkpoint = final_checkpoint(cfg)
     # What needs no images comes first: some may be unreadable.
     try:

@@ -1,5 +1,6 @@
 """The config that is made for a folder of images."""
 
+import os
 import re
 import shutil
 import tarfile
@@ -159,6 +160,16 @@ def test_a_run_goes_on_when_images_are_removed(images, tmp_path):
         cfg.train_dataloader.dataset.pop('data_root')
         cfg.pop('evaluation'), cfg.pop('test_dataloader'), cfg.pop('images')
     assert again.to_dict() == first.to_dict()
+
+
+def test_images_named_from_another_folder_are_the_same(images, tmp_path, monkeypatch, capsys):
+    """A relative path was kept as it was written: the run was refused as another one's."""
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'run.py').write_text(config(images, tmp_path).pretty_text)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    check_settings(config(os.path.relpath(images), tmp_path))
+    assert 'has other images' not in capsys.readouterr().out
 
 
 def test_the_file_of_a_run_has_what_is_read_alone(images, tmp_path):
