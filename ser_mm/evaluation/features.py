@@ -113,10 +113,12 @@ class Embedder(nn.Module):
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If there is no image, the config says nothing of transforms or
-                normalization, or a file is given to one that loads none.
+            ValueError: If there is no image, something is no image, the config says nothing of
+                transforms or normalization, or a file is given to one that loads none.
         """
-        if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str):
+            images = [images]
+        elif isinstance(images, np.ndarray) and images.ndim < 4:
             images = [images]
         if not len(images):
             raise ValueError('Embedder.embed: there is no image; give files or arrays.')
@@ -126,10 +128,20 @@ class Embedder(nn.Module):
         preprocessor = build_preprocessor(self._cfg)
 
         def prepare(image: str | Path | np.ndarray) -> dict:
+            if not isinstance(image, str | Path | np.ndarray):
+                raise ValueError(
+                    f'Embedder.embed: an image is a {type(image).__name__}; give its file, or an '
+                    'array (H, W, 3), uint8, BGR or RGB by the config.'
+                )
             if isinstance(image, np.ndarray):
                 size = image.shape[:2]
                 if isinstance(load, LoadChannels):
                     image = load.scale(image)
+                elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+                    raise ValueError(
+                        f'Embedder.embed: an array has shape {image.shape} and values of '
+                        f'{image.dtype}; give (H, W, 3), uint8.'
+                    )
                 return prepared(dict(img=image, img_shape=size, ori_shape=size))
             if load is None:
                 raise ValueError(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain import FeatureExtractor, get_model, list_models
+from PIL import Image
 
 import ser_mm  # noqa: F401  registers the modules and the model index
 from ser_mm.evaluation import Embedder
@@ -70,6 +71,16 @@ def test_an_array_alone_and_images_that_no_transform_loads(demo, checkpoint, ima
     assert torch.equal(Embedder(held, checkpoint).embed(images[:1]), embedder.embed(images[:1]))
     with pytest.raises(ValueError, match='x.png is a file, .* loads none; give arrays'):
         Embedder(held, checkpoint).embed('x.png')
+    opened = Image.fromarray(np.zeros((48, 48, 3), np.uint8))
+    for odd, message in (
+        (opened, 'an image is a Image; give its file'),
+        ([opened], 'an image is a Image; give its file'),
+        (np.zeros((48, 48, 3), np.float32), 'values of float32; give'),
+        (np.zeros((48, 48, 4), np.uint8), r'shape \(48, 48, 4\)'),
+        (np.zeros((48, 48), np.uint8), r'shape \(48, 48\)'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embedder.embed(odd)
 
 
 def test_names_of_shipped_configs(checkpoint, images):
