@@ -133,7 +133,8 @@ def _report(args: argparse.Namespace, panels: dict[str, dict], classes: list[str
         f'{made}.\n- agreement: share of the {NEIGHBOURS} nearest neighbours of the same class. '
         'Features are normalized.'
     )
-    settings = dict(runs=args.runs, blocks=args.blocks, classes=classes)
+    names = 'runs', 'blocks', 'corruption', 'severity', 'per_class', 'perplexity', 'seed'
+    settings = {**{name: getattr(args, name) for name in names}, 'classes': classes}
     text = f'{make_table(header, rows)}\n\n{note}'
     write_results(args.out, 'tsne', {**settings, 'results': results}, text)
 

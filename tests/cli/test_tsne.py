@@ -23,6 +23,7 @@ def test_two_checkpoints_side_by_side(imagenet_tree, tmp_path):
     assert run_command('tsne', *runs, *names, *chosen, *places) is None
     results = json.loads((tmp_path / 'out' / 'tsne.json').read_text())
     assert results['classes'] == sorted(chosen[1:])
+    assert results['perplexity'] == 3 and results['seed'] == 0 and results['severity'] == 5
     assert list(results['results']) == ['a', 'b']
     clean = results['results']['a']['clean']
     assert clean != results['results']['a']['contrast/5'] != results['results']['b']['contrast/5']
