@@ -64,7 +64,16 @@ MISTAKES = {
     ),
     'a field that no class takes': (
         ['train', 'demo/ser_mocov3', '--cfg-options', 'train_cfg.max_epoch=1'],
-        "got an unexpected keyword argument 'max_epoch'",
+        'has no field max_epoch; did you mean train_cfg.max_epochs?',
+    ),
+    'a field that another class took': (
+        [
+            'train',
+            'demo/ser_mocov3',
+            '--cfg-options',
+            'model.algorithm.backbone.type=VisionTransformer',
+        ],
+        "got an unexpected keyword argument 'stop_grad_conv1'",
     ),
     'fewer images than a batch': (
         [
