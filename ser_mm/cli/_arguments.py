@@ -98,6 +98,13 @@ class Fields(argparse.Action):
         setattr(namespace, self.dest, {**getattr(namespace, self.dest), **given})
 
 
+class Once(argparse.Action):
+    """Values, each once, in the order in which they are named."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
 def add_cfg_options(parser: argparse.ArgumentParser, help: str) -> None:
     """Add ``--cfg-options``, a dict of fields of the config to override."""
     parser.add_argument(
@@ -215,6 +222,7 @@ def add_runs_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
         '--seeds',
         type=int,
         nargs='+',
+        action=Once,
         default=[0, 1, 2],
         help='seeds that everything is trained from (default: 0 1 2)',
     )

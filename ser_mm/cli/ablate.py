@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_sweeps(
         config,
         args.sweeps,
-        list(dict.fromkeys(args.seeds)),
+        args.seeds,
         args.work_dir,
         cfg_options,
         values=args.values,

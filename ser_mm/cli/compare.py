@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare(
         config,
         list(dict.fromkeys(args.arms)),
-        list(dict.fromkeys(args.seeds)),
+        args.seeds,
         args.work_dir,
         args.out,
         resolve_options(Config.fromfile(config), args.cfg_options),

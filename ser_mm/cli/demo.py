@@ -13,7 +13,14 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from ser_mm.cli._arguments import add_cfg_options, check_writable, make_parser, one_sentence, place
+from ser_mm.cli._arguments import (
+    Once,
+    add_cfg_options,
+    check_writable,
+    make_parser,
+    one_sentence,
+    place,
+)
 from ser_mm.engine.configs import find_config
 from ser_mm.engine.options import resolve_options
 from ser_mm.experiments.demo import algorithms, run_demo
@@ -34,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--seeds',
         type=int,
         nargs='+',
+        action=Once,
         default=[0],
         help='seeds; each trains all arms, and the table has mean and deviation (default: 0)',
     )
@@ -67,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     MMLogger.get_instance('demo', log_level='WARNING')
     cfg = Config.fromfile(find_config(f'demo/ser_{args.algorithm}'))
     cfg_options = resolve_options(cfg, args.cfg_options)
-    run_demo(args.algorithm, list(dict.fromkeys(args.seeds)), args.work_dir, cfg_options)
+    run_demo(args.algorithm, args.seeds, args.work_dir, cfg_options)
 
 
 if __name__ == '__main__':

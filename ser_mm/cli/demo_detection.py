@@ -13,7 +13,14 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from ser_mm.cli._arguments import add_cfg_options, check_writable, make_parser, one_sentence, place
+from ser_mm.cli._arguments import (
+    Once,
+    add_cfg_options,
+    check_writable,
+    make_parser,
+    one_sentence,
+    place,
+)
 from ser_mm.cli.demo import INTERRUPTED
 from ser_mm.engine.operators import read_config
 from ser_mm.engine.options import resolve_options
@@ -34,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--seeds',
         type=int,
         nargs='+',
+        action=Once,
         default=[0],
         help='seeds of the demo, which the detectors are trained from too (default: 0)',
     )
@@ -64,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable('--work-dir', args.work_dir)
     MMLogger.get_instance('demo', log_level='WARNING')
     cfg_options = resolve_options(read_config('demo/detection'), args.cfg_options)
-    run_detection(
-        args.algorithm, list(dict.fromkeys(args.seeds)), args.pretrained, args.work_dir, cfg_options
-    )
+    run_detection(args.algorithm, args.seeds, args.pretrained, args.work_dir, cfg_options)
 
 
 if __name__ == '__main__':

@@ -67,9 +67,11 @@ def use_images(
 
     def source(split: str, with_label: bool, hold_out: bool) -> dict:
         root = train if split == 'train' else val
+        # The same from any folder that names it; links stay, but where '..' leads out of one.
+        root = root.resolve() if '..' in root.parts else root.absolute()
         return dict(
             type='mmpretrain.ImageSource',
-            data_root=os.path.abspath(root),  # the same from any folder that names it
+            data_root=str(root),
             split=split,
             hold_out=hold_out and train == val,
             with_label=with_label,

@@ -128,8 +128,7 @@ def build_preprocessor(cfg: Config) -> nn.Module:
     # As in training: that of the model is laid over that of the algorithm in it, mean and std
     # together, and MMEngine takes that of the config where the model has none.
     near = [x for x in found[:2] if x] or found[2:]
-    own = (pixels_of(f'{cfg.filename}', x) for x in near)
-    pixels = next(filter(None, own), {})
+    pixels = next(filter(None, (pixels_of(str(cfg.filename), x) for x in near)), {})
     pixels |= next(({'to_rgb': x['to_rgb']} for x in near if 'to_rgb' in x), {})
     return MODELS.build(dict(type='mmpretrain.ClsDataPreprocessor', **pixels)).to(get_device())
 

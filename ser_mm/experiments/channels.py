@@ -90,11 +90,11 @@ def load_channels(cfg: Config, load: dict[str, Any]) -> None:
     datasets += [cfg.test_dataloader.dataset] if cfg.get('test_dataloader') else []
     for dataset in datasets:
         dataset.pipeline = [ConfigDict(load), *dataset.pipeline[1:]]
-        if any(dataset is x for x in cfg.evaluation.values()):
-            dataset.pipeline[0].skip = False
         for step in dataset.pipeline:
             if step.type == 'ResizeEdge':  # whose Pillow takes 8 bits alone
                 step.type = 'FastResizeEdge'
+    for dataset in cfg.evaluation.values():
+        dataset.pipeline[0].skip = False
     views = cfg.train_dataloader.dataset.pipeline[1]
     if channels != 3:
         views.transforms = [_without_colours(view) for view in views.transforms]

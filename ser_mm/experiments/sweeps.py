@@ -254,7 +254,7 @@ def _take_options(own: Config, cfg_options: Mapping[str, Any]) -> None:
     inside = ('backbone.', *(f'data_preprocessor.{x}' for x in pixels)) if classifies else ('',)
     for place, value in cfg_options.items():
         if place in (SER_LAYER, CLS_LAYER, EQUI_RATIO):
-            continue  # the [CLS] of other methods would follow SER's layer
+            continue  # [CLS] would follow SER's layer, and b2 is SER's
         if place.startswith(tuple(f'model.algorithm.{part}' for part in inside)):
             there = place if 'algorithm' in own.model else place.replace('.algorithm', '', 1)
             own.merge_from_dict({there: value})

@@ -193,8 +193,8 @@ def _preprocessor(
     """The preprocessor: ``given``, else what the wrapped algorithm and its backbone know."""
     stride = backbone.token_map_stride
     if not isinstance(given, nn.Module):
+        pixels_of(owner, given or {})  # one of them alone would go with one of the algorithm's
         config = {**(inner or {}), **(given or {})}
-        config |= pixels_of(owner, given or {})
         kind = config.get('type', 'SelfSupDataPreprocessor')
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if kind is SelfSupDataPreprocessor:

@@ -190,6 +190,17 @@ def test_class_folders_of_a_classifier_are_the_same(tmp_path):
     check_class_labels(cfg)
 
 
+def test_a_way_out_of_a_link_is_followed(tmp_path):
+    """By name alone it led to other images, beside the link."""
+    write_images(tmp_path, 'here/data/a/1.png', 'there/data/b/1.png', 'there/deep/x.png')
+    (tmp_path / 'here' / 'link').symlink_to(tmp_path / 'there' / 'deep')
+    for named, expected in (('link/../data', 'there/data'), ('../here/data', 'here/data')):
+        cfg = Config.fromfile(find_config('mocov3_vits16'))
+        use_images(cfg, tmp_path / 'here' / named)
+        found = cfg.train_dataloader.dataset.data_root
+        assert found == str((tmp_path / expected).resolve())
+
+
 def test_class_folders_in_archives_are_the_same(tmp_path):
     """Archives were passed over: the first class of validation was taken for that of training."""
     write_images(tmp_path, *(f'raw/{x}/0.png' for x in 'abc'))

@@ -1,6 +1,7 @@
 """Arms of a comparison on generated images in Tiny ImageNet's layout."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,23 @@ def test_whole_chain_goes_on_where_it_was(tmp_path, capsys):
     capsys.readouterr()
     assert run_command('compare', '--tables', file) is None
     assert capsys.readouterr().out.strip() == file.with_suffix('.md').read_text().strip()
+
+
+def test_differences_to_the_supervised_network_are_those_of_its_results():
+    file = ROOT / 'docs/results/tiny_imagenet/mocov3_tiny_imagenet_short.json'
+    arms: dict = {}
+    for run in json.loads(file.read_text())['runs']:
+        arms.setdefault(run['arm'], {})[run['seed']] = run
+    page = (file.parents[1] / 'tiny_imagenet.md').read_text()
+    (sentence,) = re.findall(r'\*\*The network trained on the labels\*\*.*?\n\n', page, re.S)
+    for key in ('probe', 'knn', 'corruptions', 'position_last', 'box_map'):
+        own, other = ([arms[x][i][key] for i in (0, 1, 2)] for x in ('supervised', 'baseline'))
+        found = paired_difference(other, own)
+        low, high = found['interval']
+        assert f'{sum(own) / 3:.3f}' in sentence, key
+        short = f'{-found["mean"]:.3f} short ' if key == 'probe' else f'{found["mean"]:+.3f}, '
+        interval = f'({low:+.3f} to {high:+.3f}' if key == 'probe' else f'{low:+.3f} to {high:+.3f}'
+        assert short + interval in sentence, key
 
 
 def test_differences_of_the_quarter_are_those_of_its_results():
