@@ -216,7 +216,13 @@ def read_bytes(checkpoint: str) -> bytes:
             f'{checkpoint} does not exist; name a checkpoint, such as epoch_100.pth in the work '
             'dir of a run.'
         )
-    return mmengine.fileio.get(path)
+    try:
+        return mmengine.fileio.get(path)
+    except KeyError as error:
+        raise FileNotFoundError(
+            f'{checkpoint}: no storage is known by {path.partition("://")[0]}://; give a path, or '
+            'an address that begins with http:// or https://.'
+        ) from error
 
 
 def _unsafe(checkpoint: str, error: Exception) -> pickle.UnpicklingError:

@@ -235,6 +235,8 @@ def test_what_is_no_file(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(IsADirectoryError, match='is a folder; .* such as epoch_2.pth'):
         read_weights(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='no storage is known by file://; give a path'):
+        read_weights(f'file://{tmp_path / "epoch_1.pth"}')
 
 
 class Harm:

@@ -250,6 +250,11 @@ def iterate_images(
         raise FileNotFoundError(
             f'{place} does not exist; give a folder of images, or a text file that lists them.'
         )
+    if place.exists() and not (place.is_file() or place.is_dir()):  # a pipe, say: read once only
+        raise ValueError(
+            f'{place} is neither a folder nor a regular file; give a folder of images, or a text '
+            'file that lists them.'
+        )
     if place.is_file() and place.suffix.lower() != _TAR:
         yield from _read_list(place, suffixes, with_label)
         return

@@ -1,6 +1,7 @@
 """The backbone of a run, from its config and checkpoint."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -9,6 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import ResNet
 from mmpretrain.registry import MODELS
@@ -85,11 +87,24 @@ def build_backbone(
             "_delete_=True, type='VisionTransformer', arch=..., out_type='cls_token'))."
         )
     if checkpoint is None:
-        backbone.init_weights()
+        with _without_a_line_for_each_parameter():
+            backbone.init_weights()
     else:
         load_backbone(backbone, checkpoint, (cfg.get('evaluation') or {}).get('prefix'))
     backbone.to(get_device()).train(False)  # returns None in some of MMPretrain's backbones
     return backbone
+
+
+@contextmanager
+def _without_a_line_for_each_parameter() -> Iterator[None]:
+    """MMEngine logs how each was initialized, hundreds of lines, where no file takes them."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def start_of(cfg: Config) -> str:

@@ -111,11 +111,12 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
         batch_size (int): Images, b1 and b2 together. Defaults to 256.
 
     Returns:
-        dict[str, Any]: ``flops`` and ``operators`` of a step; ``parameters`` and those
-        ``trainable``; ``views``, their sizes in pixels; ``b2``, the images in it; and, with SER,
-        ``parts``, the FLOPs of: the wrapped algorithm if all images were in b1; what changes when
-        some are in b2; SERNeck and rho; the SER loss; and ``ratio_without_late_cls``, the step to
-        the first of these parts, a baseline with [CLS] in the same blocks.
+        dict[str, Any]: ``algorithm``, the class without SER; ``flops`` and ``operators`` of a step;
+        ``parameters`` and those ``trainable``; ``views``, their sizes in pixels; ``b2``, the images
+        in it; and, with SER, ``parts``, the FLOPs of: the wrapped algorithm if all images were in
+        b1; what changes when some are in b2; SERNeck and rho; the SER loss; and
+        ``ratio_without_late_cls``, the step to the first of these parts, a baseline with [CLS] in
+        the same blocks.
 
     Raises:
         ValueError: If the batch is empty, or the pipeline does not make views of an image.
@@ -156,6 +157,7 @@ def count_step(cfg: Config, batch_size: int = 256) -> dict[str, Any]:
             loss=whole['flops'] - with_neck,
         )
     counted = dict(
+        algorithm=type(getattr(model, 'algorithm', model)).__name__,
         flops=round(whole['flops']),
         operators=round(whole['operators']),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -198,9 +200,10 @@ def report_costs(config: dict, baseline: dict, config_name: str, baseline_name: 
     ]
     parts = config['parts']
     if parts:
+        same = config['algorithm'] == baseline['algorithm']
+        why = '[CLS] later' if same else f'{config["algorithm"]}, not {baseline["algorithm"]}'
         differences = {
-            'without b2, against the baseline ([CLS] later)': parts['without_b2']
-            - baseline['flops'],
+            f'without b2, against the baseline ({why})': parts['without_b2'] - baseline['flops'],
             'images of b2 in the network, in place of as many of b1': parts['b2'],
             'SERNeck and rho': parts['neck'],
             'SER loss': parts['loss'],

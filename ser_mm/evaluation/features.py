@@ -197,9 +197,11 @@ def take_last_blocks(backbone: nn.Module, blocks: int) -> None:
         blocks (int): Of at least 1.
 
     Raises:
-        ValueError: If it is no ViT, or has [CLS] in fewer blocks.
+        ValueError: If ``blocks`` is below 1, or it is no ViT, or has [CLS] in fewer blocks.
     """
-    if blocks < 1 or not isinstance(backbone, VisionTransformer):
+    if blocks < 1:
+        raise ValueError(f'blocks={blocks}: one of the last blocks is needed; use 1 or more.')
+    if not isinstance(backbone, VisionTransformer):
         raise ValueError(
             f'blocks={blocks}: the last blocks can be joined for a ViT only, and this is '
             f'{type(backbone).__name__}; use blocks=1.'

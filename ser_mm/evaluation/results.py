@@ -60,9 +60,13 @@ def write_results(out: Path, name: str, results: dict, text: str) -> None:
     Args:
         out (Path): Folder to write to.
         name (str): Name of both files.
-        results (dict): What JSON can hold; of anything else its ``str`` is written.
+        results (dict): What JSON can hold; of anything else its ``str`` is written, and null of a
+            figure that is nan or infinite.
         text (str): Markdown.
     """
-    write_text(out / f'{name}.json', json.dumps(results, indent=1, default=str) + '\n')
+    held = json.dumps(results, default=str)
+    # JSON has no word for what is not a number.
+    finite = json.loads(held, parse_constant=lambda word: None)
+    write_text(out / f'{name}.json', json.dumps(finite, indent=1) + '\n')
     write_text(out / f'{name}.md', f'{text}\n')
     print(f'\n{text}\n\nResults are in {out / name}.json and .md.')

@@ -137,6 +137,7 @@ def refusals(tmp_path):
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / 'binary').write_bytes(b'\xff\xfe\x00')
+    os.mkfifo(tmp_path / 'pipe')
     return {
         'nowhere': 'does not exist; give a folder of images, or a text file',
         'empty': 'has no images (.bmp, ',
@@ -151,6 +152,7 @@ def refusals(tmp_path):
         'date.txt': 'line 1: 20240105 is no number of a class',
         'a.zip': 'is an archive; unpack it',
         'binary': 'is neither a folder nor a text file that lists images',
+        'pipe': 'is neither a folder nor a regular file; give a folder',
     }
 
 

@@ -9,7 +9,7 @@ from mmengine.registry import init_default_scope
 
 from benchmarks.step import use_two_passes
 from ser_mm.engine.operators import read_config
-from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step
+from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step, report_costs
 from tests.support import short_run
 from tests.support.algorithms import ALGORITHMS, EMBED_DIMS, IMAGE, PATCH, build, two_views
 from tests.support.paths import ROOT
@@ -132,6 +132,16 @@ def test_local_crops_are_counted_in_ser():
     counted = count_step(cfg, 8)
     assert [max(view) for view in counted['views']] == [48, 48, 24, 24, 24, 24]
     assert counted['flops'] > count_step(read_config('demo/ser_mocov3'), 8)['flops']
+
+
+def test_a_baseline_of_another_algorithm_is_told():
+    ser = count_step(config(ALGORITHMS['mocov3'], short_run.equivariant_views(0.25)), 8)
+    of = {
+        name: count_step(config(short_run.without_ser(ALGORITHMS[name]), short_run.MULTI_VIEW), 8)
+        for name in ('mocov3', 'barlowtwins')
+    }
+    assert '(MoCoV3, not BarlowTwins)' in report_costs(ser, of['barlowtwins'], 'ser', 'other')
+    assert '([CLS] later)' in report_costs(ser, of['mocov3'], 'ser', 'same')
 
 
 def test_a_step_costs_the_same_where_its_views_are_made(imagenet_tree):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from ser_mm.cli._arguments import one_sentence
@@ -339,6 +340,8 @@ def test_outputs_of_other_shapes(backbone, width):
 def test_more_blocks_than_there_are(checkpoint):
     with pytest.raises(ValueError, match=r'blocks=3: \[CLS\] is in the last 2 blocks'):
         Embedder(config('.'), checkpoint, blocks=3)
+    with pytest.raises(ValueError, match='blocks=0: one of the last blocks is needed'):
+        Embedder(config('.'), checkpoint, blocks=0)
     plain = dict(type='VisionTransformer', arch='deit-tiny', img_size=32)
     cfg = Config(dict(model=dict(type='ImageClassifier', backbone=plain)))
     with pytest.raises(ValueError, match='the last 12 blocks'):
@@ -394,3 +397,18 @@ def test_pixels_without_a_file_tell_themselves_apart(tmp_path):
         dataset = OwnCIFAR(str(write_cifar(tmp_path, seed=seed)), serialize_data=False)
         stamps.append(stamp_images(dataset))
     assert stamps[0] == stamps[1] and len(set(stamps[0] + stamps[2])) == 20
+
+
+def test_an_untrained_network_is_made_without_a_line_for_each_parameter(caplog):
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.addHandler(caplog.handler)
+    logger.setLevel('INFO')
+    try:
+        build_backbone(config('.'))
+        assert not caplog.records
+        logger.info('as before')
+        assert len(caplog.records) == 1
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(level)
