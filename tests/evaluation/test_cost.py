@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from benchmarks.step import use_two_passes
+from benchmarks.step import in_one_pass
 from ser_mm.engine.operators import read_config
 from ser_mm.evaluation.cost import OperatorCounter, TrainingStep, count_step, report_costs
 from tests.support import short_run
@@ -61,6 +61,7 @@ def test_flops_are_those_counted_by_hand():
 def test_operators_are_those_of_a_real_step(name):
     counted = count_step(config(ALGORITHMS[name], short_run.equivariant_views(0.25)), 8)
     model = build(ALGORITHMS[name])
+    in_one_pass(True)(model)
     for module in model.modules():
         if hasattr(module, 'update_parameters'):
             module.update_parameters = lambda model: None
@@ -105,8 +106,8 @@ def test_one_pass_for_b1_and_b2_costs_few_operators():
         name: TrainingStep(cfg, 4, 0.5, change).count()
         for name, cfg, change in [
             ('baseline', baseline, None),
-            ('packed', ser, None),
-            ('two passes', ser, use_two_passes),
+            ('packed', ser, in_one_pass(True)),
+            ('two passes', ser, in_one_pass(False)),
         ]
     }
     operators = {name: row['operators'] for name, row in counts.items()}

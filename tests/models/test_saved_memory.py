@@ -1,5 +1,6 @@
 """What a step keeps for its backward pass, in bytes that no machine changes."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,12 @@ from ser_mm.views import ViewBatch
 from tests.support.algorithms import ALGORITHMS, BACKBONE, IMAGE, build, two_views
 
 OPTIONS = {key: value for key, value in BACKBONE.items() if key != 'type'}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """b1 and b2 in one pass."""
+    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
 
 
 def whole_and_split(n1, n2):
@@ -40,6 +47,19 @@ def test_a_packed_pass_keeps_what_one_tensor_of_images_does(mixed):
     whole, packed = (kept(network, x, mixed) for x in (images, split))
     copy = images.shape[0] * network.pos_embed[0].numel() * (2 if mixed else 4)
     assert abs(packed - whole) < copy / 4  # of one block
+
+
+def test_on_a_cpu_what_is_kept_of_b1_does_not_depend_on_b2(monkeypatch):
+    """A packed sequence has another size in every batch, by which memory fragments."""
+    monkeypatch.setattr(SERVisionTransformer, 'one_pass', None)
+    network = SERVisionTransformer(**OPTIONS).train()
+    views = [two_views(6, n2, ((4, 4), grid))[0] for n2, grid in ((0, (4, 4)), (2, (3, 5)))]
+    sizes = []
+    for view in views:
+        with saved_bytes(network) as saved:
+            network(view)
+        sizes.append(Counter(saved.values()))
+    assert sizes[0].total() > 50 and sizes[0] <= sizes[1]
 
 
 def test_momentum_maps_keep_nothing_of_b1():

@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from ser_mm.checkpoint import to_timm_name
+from ser_mm.models import SERVisionTransformer
 from ser_mm.models.backbones.ser_timm_vit import _can_be_packed
 from tests.support.algorithms import (
     BACKBONE,
@@ -33,6 +34,13 @@ SMALL = dict(
 VIT = dict(type='SERTimmViT', model='vit_tiny_patch16_224', model_args=SMALL)
 # Of float64, see test_tolerance_is_far_above_rounding.
 CLOSE = dict(rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """b1 and b2 in one pass."""
+    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
+
 
 KINDS = {
     'class token': {},

@@ -21,6 +21,12 @@ ARCH = {key: BACKBONE[key] for key in ('arch', 'img_size', 'patch_size')}
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """b1 and b2 in one pass."""
+    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
+
+
 @pytest.fixture
 def float64_positions(monkeypatch):
     reference.float64_positions(monkeypatch)

@@ -53,7 +53,9 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
     Called with images it is a ViT like any other. Called with a
     :class:`~ser_mm.views.ViewBatch` it embeds b1 and b2, of different sizes, in one pass: their
     tokens run through every layer as one packed sequence and part only for attention. The token
-    map of b2 after block ``ser_layer`` is left in the container.
+    map of b2 after block ``ser_layer`` is left in the container. On a CPU, where packing saves
+    next to nothing, b1 and b2 run through every layer one after the other: packed sequences, of
+    another length in every batch, would fragment its memory.
 
     Parameters are named and shaped as in ``VisionTransformer``. With ``cls_layer > 0`` the [CLS]
     token has no position, so ``pos_embed`` has one entry less, and the checkpoint holds
@@ -85,11 +87,17 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
             missing, unused or of another shape is an error. Defaults to None.
         **kwargs: Those of ``VisionTransformer``.
 
+    Attributes:
+        one_pass (bool, optional): Whether b1 and b2 are packed. None, as it begins: all but on a
+            CPU, and in compiled code.
+
     Raises:
         ValueError: If an argument is of another type, a layer is outside the network, the image
             size is not a multiple of the patch size, or [CLS] is asked for at an output before it
             is inserted.
     """
+
+    one_pass: bool | None = None
 
     def __init__(
         self,
@@ -285,19 +293,24 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
                     "which differ in size; pretrain with 'cls_token' or 'avg_featmap'."
                 )
             groups = [images for images in (x.base, x.equi) if len(images)]
-        tokens, shapes, grids = self._embed(groups)
+        passes = [groups] if self._packs(groups) else [[images] for images in groups]
+        packs = [self._embed(groups) for groups in passes]
         outs = []
         for i in range(self.num_layers):
-            tokens, shapes = self._run_block(i, tokens, shapes)
+            packs = [(*self._run_block(i, *pack), grids) for *pack, grids in packs]
             if i + 1 == self.ser_layer and isinstance(x, ViewBatch):
-                x.token_maps[self] = self._token_map(x, tokens, shapes, grids)
+                x.token_maps[self] = self._token_map(x, *packs[-1])
                 if x.wants_features:
-                    x.features[self] = self._pool(tokens, shapes, grids)
+                    x.features[self] = _cat([self._pool(*pack) for pack in packs])
             if i == self.num_layers - 1 and self.final_norm:
-                tokens = self.ln1(tokens)
+                packs = [(self.ln1(tokens), *rest) for tokens, *rest in packs]
             if i in self.out_indices:
-                images = zip(_unpack(tokens, shapes), grids, strict=True)
-                outs.append(_cat([self._format_output(t, grid) for t, grid in images]))
+                images = [
+                    self._format_output(images, grid)
+                    for tokens, shapes, grids in packs
+                    for images, grid in zip(_unpack(tokens, shapes), grids, strict=True)
+                ]
+                outs.append(_cat(images))
         if self.ser_layer is None and isinstance(x, ViewBatch) and x.wants_features:
             x.features[self] = outs[-1]
         return tuple(outs)
@@ -320,6 +333,11 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         for i in range(self.ser_layer):
             tokens, shapes = self._run_block(i, tokens, shapes)
         return self._pool(tokens, shapes, grids)
+
+    def _packs(self, groups: list[Tensor]) -> bool:
+        if self.one_pass is None:
+            return torch.compiler.is_compiling() or groups[0].device.type != 'cpu'
+        return self.one_pass
 
     def _embed(self, groups: list[Tensor]) -> tuple[Tensor, Shapes, Shapes]:
         """Patches and positions: packed tokens (T, C), their shapes, and the grid per group."""
