@@ -45,7 +45,11 @@ def draw_curves(
             label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
     if len(handles) > 1:
-        figure.legend(
-            [*handles.values()], [*handles], loc='outside lower center', ncols=len(handles)
-        )
+        for ncols in range(len(handles), 0, -1):
+            legend = figure.legend(
+                [*handles.values()], [*handles], loc='outside lower center', ncols=ncols
+            )
+            if legend.get_window_extent().width < figure.bbox.width or ncols == 1:
+                break
+            legend.remove()
     save_figure(figure, file)

@@ -221,6 +221,8 @@ COMMANDS = {
         'ser-mm compare --config ser_mocov3_tiny_imagenet --jobs 4',
         'ser-mm compare --arms untrained baseline late_cls views_only ser supervised '
         '--seeds 0 1 2 --jobs 2 --train-images 25000 --images 500 --solver lbfgs',
+        'ser-mm compare --arms ser_early_cls --seeds 0 --train-images 25000 --images 500 '
+        '--solver lbfgs',
         'ser-mm compare --arms ser --seeds 0 1 2 --jobs 2 --train-images 25000 --images 500 '
         '--solver lbfgs --cfg-options model.loss_weight=0.25 --work-dir work_dirs/compare_quarter '
         '--out work_dirs/compare_quarter/results',
