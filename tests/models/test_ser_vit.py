@@ -1,4 +1,4 @@
-"""SERVisionTransformer: MMPretrain's ViT, a late [CLS], and b1 and b2 in one packed pass."""
+"""SERVisionTransformer: MMPretrain's ViT, a late [CLS], and b1 and b2, packed or not."""
 
 import copy
 import pickle
@@ -21,10 +21,10 @@ ARCH = {key: BACKBONE[key] for key in ('arch', 'img_size', 'patch_size')}
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """b1 and b2 in one pass."""
-    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
+@pytest.fixture(autouse=True, params=[True, False], ids=['one pass', 'two passes'])
+def passes(request, monkeypatch):
+    """As on a GPU, and as on a CPU."""
+    monkeypatch.setattr(SERVisionTransformer, 'one_pass', request.param)
 
 
 @pytest.fixture
