@@ -119,12 +119,7 @@ def variants_of(args: argparse.Namespace) -> dict[str, Callable[[str], Any]]:
     }
 
 
-DEFAULT = [
-    'baseline',
-    "baseline, SER's momentum update",
-    'SER, one pass',
-    'SER, two passes',
-]
+DEFAULT = ['baseline', "baseline, SER's momentum update", 'SER, one pass', 'SER, two passes']
 
 
 def add_step_arguments(parser: argparse.ArgumentParser, variants: list[str]) -> None:

@@ -12,6 +12,8 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from ser_mm.models import SERVisionTransformer
+
 
 @pytest.fixture(autouse=True, scope='session')
 def quiet():
@@ -41,6 +43,12 @@ def as_if_no_test_had_been():
     init_default_scope('mmpretrain')
     for name in ('epoch', 'epoch_length'):
         MessageHub.get_current_instance().runtime_info.pop(name, None)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """b1 and b2 run through a ViT as one sequence, as on a GPU."""
+    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
 
 
 @pytest.fixture(scope='session')

@@ -10,9 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ser_mm.engine.compiling import compile_backbones
 from ser_mm.geometry import draw_grid
-from ser_mm.models import SERVisionTransformer
 from tests.support.algorithms import ALGORITHMS, BACKBONE, EMBED_DIMS, build, two_views
 from tests.support.two_ranks import on_two_ranks
+
+pytestmark = pytest.mark.usefixtures('packed')
 
 # The second block has drop path, the first none, [CLS] comes between them.
 SMALL = {
@@ -29,12 +30,6 @@ def nothing_compiled_before():
     with config.patch(cache_size_limit=config.cache_size_limit, optimize_ddp=config.optimize_ddp):
         torch._dynamo.reset()
         yield
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """b1 and b2 in one pass."""
-    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
 
 
 def small(**options):

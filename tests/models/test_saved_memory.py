@@ -13,13 +13,9 @@ from ser_mm.models.backbones.ser_vit import _linear_of_parts
 from ser_mm.views import ViewBatch
 from tests.support.algorithms import ALGORITHMS, BACKBONE, IMAGE, build, two_views
 
+pytestmark = pytest.mark.usefixtures('packed')
+
 OPTIONS = {key: value for key, value in BACKBONE.items() if key != 'type'}
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """b1 and b2 in one pass."""
-    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
 
 
 def whole_and_split(n1, n2):

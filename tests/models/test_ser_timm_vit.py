@@ -9,7 +9,6 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from ser_mm.checkpoint import to_timm_name
-from ser_mm.models import SERVisionTransformer
 from ser_mm.models.backbones.ser_timm_vit import _can_be_packed
 from tests.support.algorithms import (
     BACKBONE,
@@ -28,18 +27,14 @@ from tests.support.rounding import assert_far_above_rounding
 
 timm = pytest.importorskip('timm')
 
+pytestmark = pytest.mark.usefixtures('packed')
+
 SMALL = dict(
     img_size=IMAGE, patch_size=PATCH, embed_dim=EMBED_DIMS, depth=4, num_heads=3, mlp_ratio=2
 )
 VIT = dict(type='SERTimmViT', model='vit_tiny_patch16_224', model_args=SMALL)
 # Of float64, see test_tolerance_is_far_above_rounding.
 CLOSE = dict(rtol=1e-10, atol=1e-10)
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """b1 and b2 in one pass."""
-    monkeypatch.setattr(SERVisionTransformer, 'one_pass', True)
 
 
 KINDS = {

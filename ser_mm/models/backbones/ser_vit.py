@@ -88,8 +88,8 @@ class SERVisionTransformer(StrictPretrained, VisionTransformer):
         **kwargs: Those of ``VisionTransformer``.
 
     Attributes:
-        one_pass (bool, optional): Whether b1 and b2 are packed. None, as it begins: all but on a
-            CPU, and in compiled code.
+        one_pass (bool, optional): Whether b1 and b2 are packed. None, as it begins: not on a CPU,
+            unless the whole network is compiled.
 
     Raises:
         ValueError: If an argument is of another type, a layer is outside the network, the image
